@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a parameter group may say. Everything that can be refused is refused here, before anything runs.   [SPEC: ERR]"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from impl.layout import ALGORITHMS, Layout, check_layout
+from impl.orthogonalize import hashable
+from impl.schedules import schedule
+
+SCALES = (None, "original", "match_rms_adamw")
+
+
+def names(group: Mapping[str, Any], index: int) -> list[str]:
+    """Names of the parameters of the optimizer's group number `index`, for messages: theirs, or "group.position"."""
+    return group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+
+
+def algorithms(group: Mapping[str, Any]) -> set[str]:
+    """The algorithms that take part in stepping a parameter of the group."""
+    if group["algorithm"] == "adamw":
+        return {"adamw"}
+    return {section.algorithm for section in Layout.of(group["layout"]).sections} or {"muon"}
+
+
+def lr_scale(m: int, n: int, adjust_lr_fn: str | None) -> float:
+    """What the learning rate of an m x n matrix is multiplied with.   [SPEC: SCALE-1, SCALE-2]"""
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(m, n))
+    return math.sqrt(max(1.0, m / n)) if n else 1.0
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option outside its range; the first words are torch.optim.Muon's where it has the check."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, found shape {tuple(lr.shape)}")
+    for label, value in (
+        ("Learning rate", lr),
+        ("momentum", group["momentum"]),
+        ("weight decay", group["weight_decay"]),
+        ("eps", group["eps"]),
+        ("adamw_eps", group["adamw_eps"]),
+        ("adamw_lr_ratio", group["adamw_lr_ratio"]),
+    ):
+        if not isinstance(value, (int, float, Tensor)) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{label} should be >= 0 but is: {value}")
+    if not group["momentum"] < 1:
+        raise ValueError(f"momentum should be < 1 but is: {group['momentum']}")
+    if group["adjust_lr_fn"] not in SCALES:
+        raise ValueError(
+            f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; adjust_lr_fn is one of {SCALES}"
+        )
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"algorithm should be one of {ALGORITHMS} but is: {group['algorithm']!r}")
+    betas = group["adamw_betas"]
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"adamw_betas should be two numbers in [0, 1) but is: {betas}")
+    for flag in ("nesterov", "maximize"):
+        if not isinstance(group[flag], bool):
+            raise ValueError(f"{flag} should be True or False but is: {group[flag]!r}")
+    if group["algorithm"] == "adamw" and group["layout"] is not None:
+        raise ValueError(f"layout has no meaning for algorithm='adamw'; leave it out, found {group['layout']}")
+    schedule(hashable(group["ns_coefficients"]), group["ns_steps"])
+
+
+def check_parameters(group: Mapping[str, Any], index: int) -> None:
+    """Raise ValueError if a parameter of group number `index` cannot be stepped with its algorithm and layout."""
+    for name, p in zip(names(group, index), group["params"], strict=True):
+        if not (p.is_floating_point() or p.is_complex()):
+            raise ValueError(f"parameter {name} should be floating point but is {p.dtype}")
+        if group["algorithm"] == "adamw":
+            continue
+        if group["layout"] is not None:
+            check_layout(Layout.of(group["layout"]), p.shape, name)
+        elif p.ndim != 2:
+            raise ValueError(
+                f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()} ({name}). Put it in "
+                "a group with algorithm='adamw' or a layout (experts, convolutions); impl.param_groups(model) does both"
+            )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The orthogonalization of SPEC.md, ORTH: matrix polynomials only, exact under scaling by powers of two.
+
+X is m x n with m <= n (a tall matrix is transposed first); A = X X^T is its Gram matrix.
+"""
+
+import torch
+from torch import Tensor
+
+from impl.schedules import Coefficients, Schedule, schedule
+
+
+def orthogonalize(
+    X: Tensor, ns_coefficients: Coefficients = "polar_express_s4", ns_steps: int = 5, eps: float = 0.0
+) -> Tensor:
+    """Map every singular value s of X to p(s / N(X)), close to 1.   [SPEC: ORTH-1 to ORTH-12]
+
+    The result does not depend on the scale of X: bit for bit for powers of two, over the whole range of its dtype.
+
+    Args:
+        X: (m, n), or (B, m, n) for B independent matrices; any floating-point dtype. It is not written to.
+        ns_coefficients: a schedule's name, a quintic (a, b, c), or a sequence of `ns_steps` quintics.
+        ns_steps: number of quintics.
+        eps: floor under the norm N(X), in the units of X; 0 for none.
+
+    Returns:
+        A tensor of X's shape and dtype. Zero for zero; NaN where the matrix holds a NaN or an infinity.
+
+    Raises:
+        ValueError: X has neither 2 nor 3 dimensions, or the schedule is refused.
+        TypeError: X is not real floating point.
+
+    Source: Newton-Schulz for Muon, K. Jordan 2024; minimax coefficients, Amsel et al. 2025, arXiv:2505.16932.
+    """
+    plan = schedule(hashable(ns_coefficients), ns_steps)
+    if X.ndim not in (2, 3):
+        raise ValueError(f"X should be (m, n) or (B, m, n) but has shape {tuple(X.shape)}")
+    if not X.is_floating_point():
+        raise TypeError(f"X should be real floating point but is {X.dtype}")
+    if X.numel() == 0:
+        return X.clone()
+    with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+        if X.ndim == 2:
+            return _orthogonalize(X, plan, eps)
+        # One by one: a library's batched product picks its kernel by batch size, and a matrix in the middle of a batch
+        # has another alignment than alone, so its bits would depend on the company it keeps (ORTH-7).
+        return torch.stack([_orthogonalize(x, plan, eps) for x in X])
+
+
+def hashable(ns_coefficients: Coefficients) -> Coefficients:
+    """The same coefficients with tuples for lists, as a saved optimizer may hold them."""
+    if isinstance(ns_coefficients, str):
+        return ns_coefficients
+    return tuple(tuple(q) if isinstance(q, (list, tuple)) else q for q in ns_coefficients)  # type: ignore[return-value]
+
+
+def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:
+    shape, dtype = X.shape, X.dtype
+    X = X.mT if shape[0] > shape[1] else X
+    X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+    X, lift, factor = _unit_scale(X)
+    A = X @ X.mT
+    norm = torch.linalg.vector_norm(A).sqrt() if plan.norm == "schatten4" else torch.linalg.vector_norm(X)
+    norm = norm * plan.margin
+    if eps:
+        norm = norm.maximum(eps * lift * factor)
+    k = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+    # NaN > 0 is false: without this a matrix with a NaN would come out as a harmless zero.
+    k = torch.where(norm.isnan(), norm, k)
+    X, A = X * k, A * (k * k)
+    for step, (a, b, c) in enumerate(plan.coefficients):
+        if step:
+            A = X @ X.mT
+        B = torch.addmm(A, A, A, beta=b, alpha=c)
+        X = torch.addmm(X, B, X, beta=a)
+    return (X.mT if shape[0] > shape[1] else X).to(dtype)
+
+
+def _unit_scale(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply X by a power of two, given as two factors, so that its largest magnitude lies in [2, 4).
+
+    Both factors are needed: the inverse of a subnormal scale overflows, so small matrices are lifted first. Every entry
+    is rounded at most once, and only where it falls below the range next to the largest; so X and 2^k X lose alike.
+    """
+    largest = X.abs().amax()
+    one = torch.ones_like(largest)
+    lift = torch.where(largest < 1, torch.full_like(largest, torch.finfo(X.dtype).tiny ** -0.5), one)
+    largest = torch.where(largest == 0, one, largest * lift)
+    # mantissa / largest is an exact power of two; 4 times that is never subnormal, whatever the hardware does with those.
+    factor = 4 * (torch.frexp(largest).mantissa / largest)
+    return (X * lift) * factor, lift, factor

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model to parameter groups: which weights are orthogonalized, and as which matrices.   [SPEC: ROUTE]
+
+It fails closed. A weight whose meaning is not known here is an error that says what to write, because a wrong guess
+(an embedding orthogonalized, experts taken as one matrix) trains on without a sign.
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from impl.layout import Layout, check_layout
+
+CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
+ADVICE = (
+    "say what it is: overrides={{'{0}': {{'algorithm': 'adamw'}}}} or {{'layout': Layout(...)}}, or set the attribute "
+    "muon_layout or use_muon on the parameter"
+)
+
+
+class Route(NamedTuple):
+    """Where a parameter goes, and the rule that says so."""
+
+    rule: str
+    algorithm: str
+    layout: Layout | None = None
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    head: str | Sequence[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Divide a model's parameters into groups for `Muon`.   [SPEC: ROUTE-1 to ROUTE-8]
+
+    In order: an override; a tag on the parameter (`skip_orthogonalization`, `is_embedding_or_output_parameter`,
+    `use_muon`); its role (embedding, output head, fewer than two dimensions, depthwise); its `muon_layout` or
+    `num_experts`; its module. Only parameters that require a gradient are routed, tied ones once.
+
+    Args:
+        model: any module. A weight of a module that torch does not ship needs a tag, a layout or an override.
+        head: name pattern(s) of the output head's weights; () if the model has none; None to find it: HuggingFace's
+            `get_output_embeddings()`, or a Linear with as many outputs as an Embedding has entries.
+        overrides: name pattern (as in a shell, * and ?) -> options of the group, such as {"algorithm": "adamw"},
+            {"layout": Layout(blocks=8)}, {"lr": 1e-3}.
+
+    Returns:
+        Groups of (name, parameter) pairs with "algorithm", "layout", "rule" and the overrides' options, one for each
+        combination, in the model's order.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a parameter that two match, a weight that no rule knows, an output head
+            that cannot be found, or a model in which nothing is orthogonalized; with the names.
+    """
+    aliases, parameters = _parameters(model)
+    heads = _heads(model, aliases, head)
+    chosen = _match(overrides or {}, aliases)
+    experts = num_experts(model)
+    groups: dict[Any, dict[str, Any]] = {}
+    for key, names in aliases.items():
+        p, options = parameters[key], dict(chosen.get(names[0], {}))
+        route = _override(options) or _route(names, p, [_owner(model, n) for n in names], key in heads, experts)
+        if route.layout is not None:
+            check_layout(route.layout, p.shape, names[0])
+        group = {"algorithm": route.algorithm, "layout": route.layout, "rule": route.rule, **options}
+        same = groups.setdefault(tuple((k, repr(v)) for k, v in group.items()), {"params": [], **group})
+        same["params"].append((names[0], p))
+    if not any(group["algorithm"] == "muon" for group in groups.values()):
+        raise ValueError(f"nothing in this model would be orthogonalized; its parameters are {_first_names(aliases)}")
+    return list(groups.values())
+
+
+def num_experts(model: nn.Module) -> int | None:
+    """The number of experts that the model's config declares, or None.   [SPEC: ROUTE-4]"""
+    config = getattr(model, "config", None)
+    found = {}
+    for where in (config, _get(config, "text_config")):
+        for key in COUNTS:
+            count = _get(where, key)
+            if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+                found[key] = count
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the model's config contradicts itself about the number of experts: {found}")
+    return next(iter(found.values()), None)
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def _parameters(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
+    """All names of every trainable parameter, and the parameters, by identity, in the model's order."""
+    aliases: dict[int, list[str]] = {}
+    parameters: dict[int, Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad:
+            aliases.setdefault(id(p), []).append(name)
+            parameters[id(p)] = p
+    return aliases, parameters
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _match(overrides: Mapping[str, Mapping[str, Any]], aliases: Mapping[int, list[str]]) -> dict[str, Mapping[str, Any]]:
+    """The options that the overrides give, by a parameter's first name.   [SPEC: ROUTE-5]"""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    by: dict[str, str] = {}
+    for pattern, options in overrides.items():
+        for key in _matches(pattern, aliases, "override"):
+            name = aliases[key][0]
+            if name in by:
+                raise ValueError(f"parameter {name} is matched by two overrides, {by[name]!r} and {pattern!r}")
+            by[name], chosen[name] = pattern, options
+    return chosen
+
+
+def _override(options: dict[str, Any]) -> Route | None:
+    """The route that an override's options decide, taken out of them; None if they leave it open."""
+    if "algorithm" not in options and "layout" not in options:
+        return None
+    return Route("override", options.pop("algorithm", "muon"), options.pop("layout", None))
+
+
+def _heads(model: nn.Module, aliases: Mapping[int, list[str]], head: str | Sequence[str] | None) -> set[int]:
+    """The output head's weights, by identity.   [SPEC: ROUTE-6]"""
+    if head is not None:
+        patterns = [head] if isinstance(head, str) else list(head)
+        return {key for pattern in patterns for key in _matches(pattern, aliases, "head")}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        return {id(p) for p in output.parameters()}
+    sizes = {module.num_embeddings for module in model.modules() if isinstance(module, EMBEDDING)}
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = {id(module.weight) for module in linear if module.out_features in sizes}
+    if sizes and not heads:
+        raise ValueError(
+            f"no output head was recognised: no Linear has as many outputs as an embedding has entries {sorted(sizes)}; say "
+            "head='name.weight', or head=() if the model has none"
+        )
+    return heads
+
+
+def _matches(pattern: str, aliases: Mapping[int, list[str]], what: str) -> list[int]:
+    """The parameters, by identity, that have a name of this pattern; at least one."""
+    found = [key for key, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)]
+    if not found:
+        raise ValueError(f"{what} {pattern!r} matches no trainable parameter; there are {_first_names(aliases)}")
+    return found
+
+
+def _first_names(aliases: Mapping[int, list[str]]) -> list[str]:
+    return [names[0] for names in aliases.values()]
+
+
+def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, experts: int | None) -> Route:
+    """The first rule that knows the parameter. A tied parameter has several owners, and the strictest decides."""
+    for tag, value in (("skip_orthogonalization", True), ("is_embedding_or_output_parameter", True), ("use_muon", False)):
+        if getattr(p, tag, None) is value:
+            return Route(f"{tag}={value}", "adamw")
+    if any(isinstance(owner, EMBEDDING) for owner in owners):
+        return Route("embedding", "adamw")
+    if is_head:
+        return Route("output head", "adamw")
+    if p.ndim < 2:
+        return Route("vector", "adamw")
+    layout = getattr(p, "muon_layout", None)
+    if layout is not None:
+        return Route("muon_layout", "muon", Layout.of(layout))
+    owner = owners[0]
+    if isinstance(owner, CONVOLUTION):
+        if 1 < owner.groups == owner.in_channels:
+            return Route("depthwise", "adamw")
+        return Route("convolution", "muon", Layout(blocks=owner.groups, flatten=True))
+    if isinstance(owner, nn.MultiheadAttention) and p is owner.in_proj_weight:
+        return Route("fused q, k, v", "muon", Layout(blocks=3))
+    return _route_matrix(names[0], p, owner, experts)
+
+
+def _route_matrix(name: str, p: Tensor, owner: nn.Module, experts: int | None) -> Route:
+    count = getattr(p, "num_experts", None)
+    if count is not None:
+        return Route(f"num_experts={count}", "muon", Layout(blocks=count))
+    if p.ndim == 3 and experts == p.shape[0]:
+        return Route(f"config: {experts} experts", "muon", Layout(blocks=experts))
+    if p.ndim == 2 and (isinstance(owner, (nn.Linear, nn.MultiheadAttention)) or getattr(p, "use_muon", None) is True):
+        return Route("matrix", "muon")
+    shape = tuple(p.shape)
+    raise ValueError(f"parameter {name} {shape} of {type(owner).__name__} is not recognised; {ADVICE.format(name)}")

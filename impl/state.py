@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizer keeps for a parameter, and whether a saved state is that.   [SPEC: STATE]"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from impl.layout import Layout
+from impl.options import algorithms, check_options, check_parameters, names
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """float64 for float64 parameters, float32 for all others: half precision forgets small gradients.   [SPEC: MOM-3]"""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The entries of the state of a parameter of the group.   [SPEC: STATE-1]"""
+    taking_part = algorithms(group)
+    muon = ("momentum_buffer",) if "muon" in taking_part else ()
+    return muon + (("exp_avg", "exp_avg_sq", "step") if "adamw" in taking_part else ())
+
+
+def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
+    """A parameter's state before its first step: zeros of its shape, and a float32 count on the CPU for AdamW."""
+    return {
+        key: torch.tensor(0.0) if key == "step" else torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
+        for key in state_keys(group)
+    }
+
+
+def check_loadable(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the entry, unless `saved` is a whole state of this optimizer.   [SPEC: STATE-4]"""
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        raise ValueError("the state dict should have the entries 'state' and 'param_groups'")
+    groups, ours = saved["param_groups"], optimizer.param_groups
+    if len(groups) != len(ours):
+        raise ValueError(f"the state dict has {len(groups)} parameter groups but the optimizer has {len(ours)}")
+    known: set[Any] = set()
+    for index, (group, our) in enumerate(zip(groups, ours, strict=True)):
+        if len(group["params"]) != len(our["params"]):
+            raise ValueError(
+                f"group {index} of the state dict has {len(group['params'])} parameters but the optimizer's has "
+                f"{len(our['params'])}"
+            )
+        known.update(group["params"])
+        _check_group(index, {**our, **group}, our)
+        label = names({**our, "param_names": our.get("param_names") or group.get("param_names")}, index)
+        for name, i, p in zip(label, group["params"], our["params"], strict=True):
+            if saved["state"]:
+                _check_entry(name, saved["state"].get(i), state_keys(our), p)
+    if extra := saved["state"].keys() - known:
+        raise ValueError(f"the state dict holds state for parameters {sorted(extra)} that none of its groups has")
+
+
+def _check_group(index: int, group: Mapping[str, Any], our: Mapping[str, Any]) -> None:
+    theirs, mine = group.get("param_names"), our.get("param_names")
+    if theirs and mine and theirs != mine:
+        wrong = [f"{b!r} where the optimizer has {a!r}" for a, b in zip(mine, theirs, strict=True) if a != b]
+        raise ValueError(f"group {index} of the state dict names its parameters otherwise: {', '.join(wrong)}")
+    if unknown := [option for option in our if option not in group]:
+        raise ValueError(f"group {index} of the state dict lacks the options {unknown}")
+    check_options(group)
+    if (group["algorithm"], Layout.of(group["layout"])) != (our["algorithm"], Layout.of(our["layout"])):
+        raise ValueError(
+            f"group {index} of the state dict is for algorithm={group['algorithm']!r}, layout={group['layout']} but the "
+            f"optimizer has algorithm={our['algorithm']!r}, layout={our['layout']}"
+        )
+    check_parameters({**group, "params": our["params"]}, index)
+
+
+def _check_entry(name: str, entry: Mapping[str, Any] | None, expected: tuple[str, ...], p: Tensor) -> None:
+    if entry is None:
+        if p.requires_grad:
+            raise ValueError(f"the state dict has no state for parameter {name}, expected {expected}")
+        return
+    if set(entry) != set(expected):
+        raise ValueError(f"state of parameter {name} should have the entries {expected} but has {tuple(entry)}")
+    for key, value in entry.items():
+        where = f"state {key!r} of parameter {name}"
+        if key == "step":
+            if not isinstance(value, (int, float, Tensor)) or not 0 <= float(value) < float("inf"):
+                raise ValueError(f"{where} should be a count >= 0 but is: {value}")
+            continue
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{where} should have shape {tuple(p.shape)} but is: {found}")
+        # A wider dtype than ours would lose bits, an integer is no momentum at all.
+        if not value.is_floating_point() or torch.promote_types(value.dtype, state_dtype(p)) != state_dtype(p):
+            raise ValueError(f"{where} should be {state_dtype(p)} or narrower but is: {value.dtype}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{where} is not finite; it would poison the weights at the first step")
