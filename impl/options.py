@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from impl.layout import ALGORITHMS, Layout, check_layout
-from impl.orthogonalize import hashable
 from impl.schedules import schedule
 
 SCALES = (None, "original", "match_rms_adamw")
@@ -64,7 +63,7 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{flag} should be True or False but is: {group[flag]!r}")
     if group["algorithm"] == "adamw" and group["layout"] is not None:
         raise ValueError(f"layout has no meaning for algorithm='adamw'; leave it out, found {group['layout']}")
-    schedule(hashable(group["ns_coefficients"]), group["ns_steps"])
+    schedule(group["ns_coefficients"], group["ns_steps"])
 
 
 def check_parameters(group: Mapping[str, Any], index: int) -> None:

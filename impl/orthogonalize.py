@@ -32,7 +32,7 @@ def orthogonalize(
 
     Source: Newton-Schulz for Muon, K. Jordan 2024; minimax coefficients, Amsel et al. 2025, arXiv:2505.16932.
     """
-    plan = schedule(hashable(ns_coefficients), ns_steps)
+    plan = schedule(ns_coefficients, ns_steps)
     if X.ndim not in (2, 3):
         raise ValueError(f"X should be (m, n) or (B, m, n) but has shape {tuple(X.shape)}")
     if not X.is_floating_point():
@@ -45,13 +45,6 @@ def orthogonalize(
         # One by one: a library's batched product picks its kernel by batch size, and a matrix in the middle of a batch
         # has another alignment than alone, so its bits would depend on the company it keeps (ORTH-7).
         return torch.stack([_orthogonalize(x, plan, eps) for x in X])
-
-
-def hashable(ns_coefficients: Coefficients) -> Coefficients:
-    """The same coefficients with tuples for lists, as a saved optimizer may hold them."""
-    if isinstance(ns_coefficients, str):
-        return ns_coefficients
-    return tuple(tuple(q) if isinstance(q, (list, tuple)) else q for q in ns_coefficients)  # type: ignore[return-value]
 
 
 def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:

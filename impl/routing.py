@@ -125,7 +125,8 @@ def _override(options: dict[str, Any]) -> Route | None:
     """The route that an override's options decide, taken out of them; None if they leave it open."""
     if "algorithm" not in options and "layout" not in options:
         return None
-    return Route("override", options.pop("algorithm", "muon"), options.pop("layout", None))
+    layout = options.pop("layout", None)
+    return Route("override", options.pop("algorithm", "muon"), None if layout is None else Layout.of(layout))
 
 
 def _heads(model: nn.Module, aliases: Mapping[int, list[str]], head: str | Sequence[str] | None) -> set[int]:

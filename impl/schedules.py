@@ -22,35 +22,35 @@ class Schedule(NamedTuple):
     margin: float = 1.0
 
 
-# Optimal by minimax (Amsel et al. 2025, arXiv:2505.16932) for singular values down to l = 2e-2, 5e-3, 2e-3, 1e-3 of the
-# Schatten-4 norm; all but the last divided by 1.02, so that rounding never carries a value past the interval.
-# reference/schedules.py derives them.
+# Minimax quintics (Amsel et al. 2025, arXiv:2505.16932), each for the interval that its predecessors leave, for singular
+# values down to l = 1.5e-2, 5e-3, 2e-3, 7e-4 of the Schatten-4 norm. All but the last are divided by 1.02, so that
+# rounding carries no value past an interval. Derived in reference/schedules.py; SPEC.md, ORTH, tells how l was chosen.
 POLAR_EXPRESS_S4: dict[int, tuple[Quintic, ...]] = {
     3: (
-        (7.55977, -20.8383, 14.717),
-        (3.15223, -2.2721, 0.454043),
-        (2.21831, -1.59399, 0.410748),
+        (7.7428, -21.5311, 15.2461),
+        (3.35618, -2.42388, 0.47238),
+        (2.41851, -1.78502, 0.437436),
     ),
     4: (
         (8.13598, -23.0214, 16.3849),
-        (3.83845, -2.75265, 0.506506),
-        (3.11236, -2.24314, 0.450897),
-        (2.18946, -1.56722, 0.407887),
+        (3.84597, -2.76006, 0.507983),
+        (3.14505, -2.27395, 0.456636),
+        (2.23105, -1.61865, 0.420671),
     ),
     5: (
         (8.26156, -23.4979, 16.7492),
-        (4.03103, -2.88269, 0.520753),
-        (3.64173, -2.61789, 0.491757),
-        (2.7274, -1.95525, 0.419807),
-        (1.99315, -1.37581, 0.387787),
+        (4.03438, -2.88592, 0.521381),
+        (3.66165, -2.63521, 0.494722),
+        (2.77856, -2.00385, 0.428625),
+        (2.02838, -1.42454, 0.401944),
     ),
     6: (
-        (8.30424, -23.6599, 16.8731),
-        (4.10082, -2.9294, 0.525873),
-        (3.88417, -2.78368, 0.509905),
-        (3.22214, -2.32256, 0.459529),
-        (2.22917, -1.5498, 0.376957),
-        (1.88872, -1.26516, 0.376519),
+        (8.31713, -23.7088, 16.9105),
+        (4.12358, -2.94494, 0.527674),
+        (3.97413, -2.84585, 0.51711),
+        (3.47747, -2.50852, 0.481313),
+        (2.50903, -1.7943, 0.407347),
+        (1.9462, -1.33936, 0.393859),
     ),
 }
 
@@ -95,7 +95,6 @@ def image(coefficients: Sequence[Quintic], low: float, high: float) -> tuple[flo
     return low, high
 
 
-@lru_cache
 def schedule(ns_coefficients: Coefficients, ns_steps: int) -> Schedule:
     """Build the schedule that the options name, or refuse it.   [SPEC: ORTH-10]
 
@@ -108,6 +107,14 @@ def schedule(ns_coefficients: Coefficients, ns_steps: int) -> Schedule:
         ValueError: no such name, a number of steps that the schedule does not have, or a composition that can
             reverse a direction, shrink one or overshoot; the message holds the numbers.
     """
+    if not isinstance(ns_coefficients, str):
+        # A saved optimizer may hold lists; the cache wants tuples.
+        ns_coefficients = tuple(tuple(q) if isinstance(q, Sequence) else q for q in ns_coefficients)
+    return _build(ns_coefficients, ns_steps)
+
+
+@lru_cache
+def _build(ns_coefficients: str | tuple, ns_steps: int) -> Schedule:
     if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or ns_steps < 1:
         raise ValueError(f"ns_steps should be an integer >= 1 but is: {ns_steps!r}")
     if ns_steps >= 100:
@@ -119,7 +126,7 @@ def schedule(ns_coefficients: Coefficients, ns_steps: int) -> Schedule:
     if len(ns_coefficients) == 3 and not isinstance(ns_coefficients[0], Sequence):
         quintics = (ns_coefficients,) * ns_steps
     else:
-        quintics = tuple(ns_coefficients)
+        quintics = ns_coefficients
     for quintic in quintics:
         if not isinstance(quintic, Sequence) or len(quintic) != 3:
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values, found {quintic!r}")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite's machinery: which target, which clauses a test speaks for, which failures are known, what held."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from conformance.target import Target, Unsupported, load
+
+HERE = Path(__file__).parent
+CLAUSES = dict(re.findall(r"^- \*\*([A-Z]+-\d+)\*\* (\((?:MUST|SHOULD)\) .*)$", (HERE.parent / "SPEC.md").read_text(), re.M))
+
+TARGET = pytest.StashKey[Target]()
+# Outcomes of the tests of every clause, and what a clause counts as: the first of ORDER that any of its tests had.
+OUTCOMES: dict[str, set[str]] = defaultdict(set)
+ORDER = ("failed", "xfailed", "passed", "unsupported", "skipped")
+
+# Reproducible by default, so that a list of known failures cannot flicker; --hypothesis-profile=deep explores.
+settings.register_profile(
+    "suite", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", default="conformance.targets.impl:Target", help="package.module:Name of an adapter")
+    parser.addoption("--xfails", help="known failures, 'test id  # CLAUSE: reason' a line [conformance/xfails/NAME.txt]")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "clause(id, ...): the clauses of SPEC.md that a test holds the target to")
+    config.addinivalue_line("markers", "suite: a test of the suite itself, not of a target")
+    try:
+        config.stash[TARGET] = load(config.getoption("--target"))
+    except (ImportError, AttributeError) as error:
+        raise pytest.UsageError(f"--target={config.getoption('--target')}: {error}") from error
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.config.stash[TARGET]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mine = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in mine:
+        clauses = [id for mark in item.iter_markers("clause") for id in mark.args]
+        if unknown := set(clauses) - CLAUSES.keys():
+            raise pytest.UsageError(f"{item.nodeid} cites {sorted(unknown)}, which SPEC.md does not have")
+        if not clauses and not item.get_closest_marker("suite"):
+            raise pytest.UsageError(f"{item.nodeid} cites no clause of SPEC.md")
+        item.user_properties.append(("clauses", clauses))
+    _mark_known_failures(config, mine)
+
+
+def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> None:
+    path = Path(config.getoption("--xfails") or HERE / "xfails" / f"{config.stash[TARGET].name}.txt")
+    if not path.exists():
+        if config.getoption("--xfails"):
+            raise pytest.UsageError(f"--xfails={path}: there is no such file")
+        return
+    for line in path.read_text().splitlines():
+        name, _, reason = (part.strip() for part in line.partition("#"))
+        if not name:
+            continue
+        if not reason:
+            raise pytest.UsageError(f"{path}: {name} is a known failure without a reason")
+        matching = [item for item in items if item.nodeid.split("/")[-1] == name]
+        if not matching and not any("::" in arg for arg in config.args) and any(i.path.name == name.split("::")[0] for i in items):
+            raise pytest.UsageError(f"{path}: {name} matches no test")
+        for item in matching:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    clauses = dict(item.user_properties).get("clauses", [])
+    if call.excinfo is not None and call.excinfo.errisinstance(Unsupported):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"unsupported: {call.excinfo.value}")
+        report.user_properties.append(("unsupported", True))
+    elif report.failed and clauses:
+        text = "\n".join(f"{id} {CLAUSES[id]}" for id in clauses)
+        report.sections.insert(0, ("the clause", text))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call" and report.passed:
+        return
+    outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
+    if ("unsupported", True) in report.user_properties:
+        outcome = "unsupported"
+    for clause in dict(report.user_properties[:1]).get("clauses", []):
+        OUTCOMES[clause].add(outcome)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not OUTCOMES:
+        return
+    verdict = {id: next((o for o in ORDER if o in OUTCOMES[id]), "not run") for id in CLAUSES}
+    write = terminalreporter.write_line
+    terminalreporter.section(f"clauses of SPEC.md held to {config.stash[TARGET].name}")
+    if missing := [id for id, outcome in verdict.items() if outcome == "not run"]:
+        write("not run: " + " ".join(missing), yellow=True)
+    for section in dict.fromkeys(id.partition("-")[0] for id in CLAUSES):
+        rows = [(id, o) for id, o in verdict.items() if id.startswith(section + "-")]
+        for outcome in (*ORDER, "not run"):
+            ids = [id for id, o in rows if o == outcome]
+            if ids:
+                write(f"{section:8} {outcome:12} {' '.join(ids)}", red=outcome == "failed", green=outcome == "passed")
+    count = {o: sum(v == o for v in verdict.values()) for o in (*ORDER, "not run")}
+    write(", ".join(f"{n} {o}" for o, n in count.items() if n))

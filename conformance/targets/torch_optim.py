@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.optim.Muon, with the epsilon that it has unless told otherwise."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import _muon
+from torch.optim.optimizer import Optimizer
+
+from conformance.target import Hyper, Named, Unsupported
+
+
+class Target:
+    name = "torch_optim"
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16
+
+    def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
+        if X.ndim != 2:
+            raise Unsupported("it has no batches")
+        # It divides in place, on a copy only where the dtype is not bfloat16 already.
+        return _muon._zeropower_via_newtonschulz(X, _triple(schedule), steps, eps or _muon.EPS).to(X.dtype)
+
+    def optimizer(self, named: Named, hyper: Hyper) -> Optimizer:
+        return torch.optim.Muon(named, **self._options(hyper))
+
+    def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
+        return {"params": list(named), **self._options(hyper)}
+
+    def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
+        return optimizer.state[p]["momentum_buffer"]
+
+    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
+        raise Unsupported("it has no routing")
+
+    def report(self, model: nn.Module, **options: Any) -> str:
+        raise Unsupported("it has no report")
+
+    def _options(self, hyper: Hyper) -> dict[str, Any]:
+        if hyper.algorithm != "muon" or hyper.layout is not None or hyper.maximize:
+            raise Unsupported("it has neither layouts, nor AdamW, nor maximize")
+        return {
+            "lr": hyper.lr,
+            "weight_decay": hyper.weight_decay,
+            "momentum": hyper.momentum,
+            "nesterov": hyper.nesterov,
+            "ns_coefficients": _triple(hyper.schedule),
+            "ns_steps": hyper.steps,
+            "eps": hyper.eps or _muon.EPS,
+            "adjust_lr_fn": hyper.adjust_lr_fn,
+        }
+
+
+def _triple(schedule: Any) -> Any:
+    if schedule == "jordan":
+        return _muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C
+    if isinstance(schedule, str) or not isinstance(schedule[0], float):
+        raise Unsupported(f"it has no schedule {schedule}")
+    return schedule

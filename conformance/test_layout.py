@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LAYOUT: the matrices inside a parameter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from conformance import accept
+from conformance.steps import expected, parameters, run
+from conformance.strategies import HYPER, seeds, tensor
+from conformance.target import Target
+
+QKV = ({"rows": 8}, {"rows": 4}, {"rows": 4})
+# name: (shape of the parameter, its layout)
+LAYOUTS = {
+    "experts by rows": ((4 * 6, 10), {"blocks": 4}),
+    "experts by columns": ((6, 4 * 10), {"columns": 4}),
+    "experts in three dimensions": ((4, 6, 10), {"blocks": 4}),
+    "gate and up of every expert": ((3, 2 * 5, 7), {"blocks": 6}),
+    "gate beside up of every expert": ((3, 5, 2 * 7), {"blocks": 3, "columns": 2}),
+    "unequal sections": ((16, 9), {"sections": QKV}),
+    "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": QKV}),
+    "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
+    "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
+    "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),
+    "convolution": ((8, 3, 2, 2), {"flatten": True}),
+    "grouped convolution": ((8, 3, 2, 2), {"blocks": 2, "flatten": True}),
+}
+layouts = pytest.mark.parametrize(("shape", "layout"), LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def separate(T: Tensor, layout: dict) -> list[tuple[str, Tensor]]:
+    """The matrices of a tensor, each on its own, with their algorithms."""
+    cut = reference.matrices(tuple(T.shape), **layout)
+    return [(algorithm, T.flatten()[index]) for algorithm, indices in cut for index in indices]
+
+
+def steps_fused_and_separate(target: Target, device, shape, layout, seed, steps=3, change=lambda G, i: G):
+    """Step a fused parameter, and its matrices as separate parameters of one optimizer; both as lists of matrices."""
+    W = tensor(shape, seed)
+    gradients = [change(tensor(shape, seed + 1 + i), i) for i in range(steps)]
+    (fused,), _ = run(target, [W], [[G] for G in gradients], replace(HYPER, layout=layout), device)
+    pieces = separate(W, layout)
+    named = parameters([w for _, w in pieces], device)
+    groups = [([n], replace(HYPER, algorithm=algorithm)) for n, (algorithm, _) in zip(named, pieces, strict=True)]
+    optimizer = target.optimizer(*groups[0])
+    for group in groups[1:]:
+        optimizer.add_param_group(target.group(*group))
+    for G in gradients:
+        for (_, p), (_, g) in zip(named, separate(G, layout), strict=True):
+            p.grad = g.to(device)
+        optimizer.step()
+    return [M for _, M in separate(fused.detach().cpu(), layout)], [p.detach().cpu() for _, p in named]
+
+
+@pytest.mark.clause("LAYOUT-2")
+@layouts
+@given(seed=seeds)
+def test_fused_equals_separate(target: Target, device, shape, layout, seed):
+    fused, apart = steps_fused_and_separate(target, device, shape, layout, seed)
+    for a, b in zip(fused, apart, strict=True):
+        accept.same_bits(actual=a, expected=b)
+
+
+@pytest.mark.clause("LAYOUT-2", "LAYOUT-3")
+def test_128_fused_experts_equal_128_parameters(target: Target, device):
+    """One dead, one 1e8 times larger than the rest."""
+
+    def dead_and_huge(G: Tensor, step: int) -> Tensor:
+        G = G.clone()
+        G.view(128, 6, 10)[5] = 0
+        G.view(128, 6, 10)[77] *= 1e8
+        return G
+
+    fused, apart = steps_fused_and_separate(target, device, (128 * 6, 10), {"blocks": 128}, 0, 3, dead_and_huge)
+    for a, b in zip(fused, apart, strict=True):
+        accept.same_bits(actual=a, expected=b)
+
+
+@pytest.mark.clause("LAYOUT-3")
+@given(seed=seeds, dead=st.integers(0, 3), exponent=st.integers(-60, 60))
+def test_a_dead_expert_only_decays_and_scales_do_not_mix(target: Target, device, seed, dead, exponent):
+    shape, layout = (4 * 6, 10), {"blocks": 4}
+    W, G = tensor(shape, seed), tensor(shape, seed + 1)
+    G.view(4, 6, 10)[dead] = 0
+    (plain,), _ = run(target, [W], [[G]], replace(HYPER, layout=layout, weight_decay=0.0), device)
+    accept.same_bits(actual=plain.view(4, 6, 10)[dead], expected=W.view(4, 6, 10)[dead])
+    scaled = G.clone()
+    scaled.view(4, 6, 10)[(dead + 1) % 4] *= 2.0**exponent
+    (mixed,), _ = run(target, [W], [[scaled]], replace(HYPER, layout=layout, weight_decay=0.0), device)
+    accept.same_bits(actual=mixed, expected=plain)
+
+
+@pytest.mark.clause("LAYOUT-1")
+@layouts
+@given(seed=seeds)
+def test_matrices_are_where_the_rules_say(target: Target, device, shape, layout, seed):
+    W, gradients = tensor(shape, seed), [[tensor(shape, seed + 1 + i)] for i in range(2)]
+    hyper = replace(HYPER, layout=layout)
+    (p,), _ = run(target, [W], gradients, hyper, device)
+    (right,) = expected([W], gradients, hyper)
+    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype))
+
+
+@pytest.mark.clause("LAYOUT-1")
+@layouts
+def test_matrices_are_a_partition(shape, layout):
+    found = torch.cat([index.flatten() for _, index in reference.matrices(shape, **layout)])
+    accept.same_bits(actual=found.sort().values, expected=torch.arange(found.numel()))
+    assert found.numel() == torch.Size(shape).numel()
+
+
+MIXED = {
+    "gated delta net": ((20, 9), {"sections": [{"rows": 8}, {"rows": 8}, {"rows": 2, "algorithm": "adamw"}, {"rows": 2, "algorithm": "adamw"}]}),
+    "gate first": ((20, 9), {"sections": [{"rows": 2, "algorithm": "adamw"}, {"rows": 18, "head_dim": 6}]}),
+    "in every expert": ((30, 9), {"blocks": 3, "sections": [{"rows": 8}, {"rows": 2, "algorithm": "adamw"}]}),
+}
+
+
+@pytest.mark.clause("LAYOUT-5")
+@pytest.mark.parametrize(("shape", "layout"), MIXED.values(), ids=MIXED.keys())
+@given(seed=seeds)
+def test_sections_step_by_their_own_algorithm(target: Target, device, shape, layout, seed):
+    fused, apart = steps_fused_and_separate(target, device, shape, layout, seed)
+    for a, b in zip(fused, apart, strict=True):
+        accept.same_bits(actual=a, expected=b)
+    W, gradients = tensor(shape, seed), [[tensor(shape, seed + 1 + i)] for i in range(3)]
+    hyper = replace(HYPER, layout=layout)
+    (p,), _ = run(target, [W], gradients, hyper, device)
+    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype))
+
+
+@pytest.mark.clause("LAYOUT-4")
+@pytest.mark.parametrize(
+    ("shape", "layout", "words"),
+    [
+        ((10, 4), {"blocks": 3}, ["10", "3", "blocks"]),
+        ((4, 10), {"columns": 3}, ["10", "3", "columns"]),
+        ((12, 4), {"groups": 5}, ["12", "5", "groups"]),
+        ((12, 4), {"sections": [{"rows": 4}, {"rows": 4}]}, ["12", "8", "sections"]),
+        ((12, 4), {"sections": [{"rows": 12, "head_dim": 5}]}, ["12", "5", "head_dim"]),
+        ((4, 6, 5), {"blocks": 3}, ["4", "3", "blocks"]),
+        ((4, 6, 5), {}, ["4", "1", "blocks"]),
+        ((4, 2, 3, 3), {}, ["flatten"]),
+        ((12,), {"blocks": 3}, ["12", "dimension"]),
+        ((12, 4), {"blocks": 0}, ["blocks", "0"]),
+        ((12, 4), {"blocks": 1.5}, ["blocks", "1.5"]),
+        ((12, 4), {"sections": [{"rows": 12, "algorithm": "sgd"}]}, ["sgd"]),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(target: Target, shape, layout, words):
+    named = [("the_weight", torch.nn.Parameter(torch.zeros(shape)))]
+    hyper = replace(HYPER, layout=layout)
+    accept.refuses(lambda: target.optimizer(named, hyper), ValueError, "the_weight", *words)
