@@ -120,6 +120,16 @@ def step(*, before: Tensor, actual: Tensor, expected: Tensor, precision: torch.d
     assert error <= bound, f"off by {error:.2e} after moving {way:.2e}, accepted {bound:.2e}"
 
 
+def rounded(*, before: Tensor, actual: Tensor, expected: Tensor) -> None:
+    """Every entry of a 16-bit weight within half a unit in its last place, plus what float32 leaves open on the way."""
+    __tracebackhide__ = True
+    before, after, expected = (T.detach().cpu().double() for T in (before, actual, expected))
+    ulp = unit(actual.dtype) * 2.0 ** (torch.frexp(expected).exponent - 1).clamp(min=-14 if actual.dtype == torch.float16 else -126)
+    open_ = 8 * SLOPE * unit(torch.float32) * (expected - before).abs().max()
+    worst = ((after - expected).abs() - open_).div(ulp).max().item()
+    assert worst <= 0.5, f"an entry is {worst:.2f} units in the last place from its value, accepted 0.5"
+
+
 def dtype(*, actual: Tensor, at_least: torch.dtype, shape: torch.Size | tuple[int, ...]) -> None:
     """This shape, and a dtype that holds every number of `at_least`."""
     __tracebackhide__ = True

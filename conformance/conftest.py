@@ -45,6 +45,14 @@ def target(request: pytest.FixtureRequest) -> Target:
     return request.config.stash[TARGET]
 
 
+@pytest.fixture
+def validating(target: Target) -> Target:
+    """The target, for tests of what it refuses."""
+    if not target.validates:
+        raise Unsupported("it does not check its arguments")
+    return target
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(HERE)]
@@ -70,7 +78,8 @@ def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> Non
             continue
         if not reason:
             raise pytest.UsageError(f"{path}: {name} is a known failure without a reason")
-        matching = [item for item in items if item.nodeid.split("/")[-1] == name]
+        # A name without its parameters stands for all of them.
+        matching = [item for item in items if name in (item.nodeid.split("/")[-1], item.nodeid.split("/")[-1].partition("[")[0])]
         if not matching and not any("::" in arg for arg in config.args) and any(i.path.name == name.split("::")[0] for i in items):
             raise pytest.UsageError(f"{path}: {name} matches no test")
         for item in matching:

@@ -45,6 +45,7 @@ class Target(Protocol):
     """The adapter of one implementation."""
 
     name: str
+    validates: bool  # whether it checks its arguments; if not, clauses on refusals are unsupported
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose rounding limits an orthogonalization of a `dtype` matrix."""

@@ -74,6 +74,17 @@ def test_band(values):
         rejects(accept.band, singular_values=torch.tensor(values), low=0.96, high=1.03, precision=precision)
 
 
+def test_rounded():
+    W, way = tensor((9, 9), 0), 0.01 * tensor((9, 9), 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        before = W.to(dtype)
+        right = before.double() * 0.99 - way
+        accept.rounded(before=before, actual=right.float().to(dtype), expected=right)
+        twice = (before * 0.99).to(dtype) - way.to(dtype)
+        for wrong in (twice, before, (before * 0.99).to(dtype)):
+            rejects(accept.rounded, before=before, actual=wrong, expected=right)
+
+
 def test_same_bits():
     X = torch.tensor([1.0, -0.0, float("nan")])
     accept.same_bits(actual=X.clone(), expected=X)

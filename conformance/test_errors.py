@@ -40,7 +40,7 @@ BAD = [
     ({"maximize": "yes"}, ["maximize", "yes"]),
     ({"nesterov": "yes"}, ["nesterov", "yes"]),
 ]
-bad = pytest.mark.parametrize(("options", "words"), BAD, ids=[str(options) for options, _ in BAD])
+bad = pytest.mark.parametrize(("options", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in options.items()) for options, _ in BAD])
 # Each error that torch.optim.Muon raises for wrong use: type and beginning of the message.
 TORCH = [
     ({"lr": torch.ones(2)}, (2, 3), "Tensor lr must be 1-element"),
@@ -55,26 +55,26 @@ TORCH = [
 
 @pytest.mark.clause("ERR-1")
 @bad
-def test_constructor_refuses(target: Target, options, words):
+def test_constructor_refuses(validating: Target, options, words):
     named = parameters([tensor((4, 6), 0)])
-    accept.refuses(lambda: target.optimizer(named, replace(HYPER, **options)), ValueError, *words)
+    accept.refuses(lambda: validating.optimizer(named, replace(HYPER, **options)), ValueError, *words)
 
 
 @pytest.mark.clause("ERR-2")
 @bad
-def test_added_group_is_refused_likewise(target: Target, options, words):
+def test_added_group_is_refused_likewise(validating: Target, options, words):
     named = parameters([tensor((4, 6), 0), tensor((4, 6), 1)])
-    optimizer = target.optimizer(named[:1], HYPER)
-    group = target.group(named[1:], replace(HYPER, **options))
+    optimizer = validating.optimizer(named[:1], HYPER)
+    group = validating.group(named[1:], replace(HYPER, **options))
     accept.refuses(lambda: optimizer.add_param_group(group), ValueError, *words, unchanged=lambda: len(optimizer.param_groups))
 
 
 @pytest.mark.clause("ERR-2")
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), ()], ids=str)
-def test_added_parameter_that_is_no_matrix_is_refused(target: Target, shape):
+def test_added_parameter_that_is_no_matrix_is_refused(validating: Target, shape):
     named = [*parameters([tensor((4, 6), 0)]), ("odd_one", torch.nn.Parameter(tensor(shape, 1)))]
-    optimizer = target.optimizer(named[:1], HYPER)
-    group = target.group(named[1:], HYPER)
+    optimizer = validating.optimizer(named[:1], HYPER)
+    group = validating.group(named[1:], HYPER)
     accept.refuses(lambda: optimizer.add_param_group(group), ValueError, "2D", unchanged=lambda: len(optimizer.param_groups))
 
 
@@ -91,9 +91,9 @@ def sparse(shape: tuple[int, int]) -> torch.Tensor:
     ],
     ids=["sparse", "complex"],
 )
-def test_error_in_a_step_changes_nothing(target: Target, last, gradient, words):
+def test_error_in_a_step_changes_nothing(validating: Target, last, gradient, words):
     named = parameters([tensor((4, 6), 0), last])
-    optimizer = target.optimizer(named, HYPER)
+    optimizer = validating.optimizer(named, HYPER)
     take(optimizer, named, [tensor((4, 6), 2), None])
     named[0][1].grad, named[1][1].grad = tensor((4, 6), 3), gradient
 
@@ -105,8 +105,8 @@ def test_error_in_a_step_changes_nothing(target: Target, last, gradient, words):
 
 @pytest.mark.clause("ERR-4")
 @pytest.mark.parametrize(("options", "shape", "beginning"), TORCH, ids=[message for *_, message in TORCH])
-def test_errors_are_torchs(target: Target, options, shape, beginning):
+def test_errors_are_torchs(validating: Target, options, shape, beginning):
     named = parameters([torch.zeros(shape)])
     with pytest.raises(ValueError, match="^") as caught:
-        target.optimizer(named, replace(HYPER, **options))
+        validating.optimizer(named, replace(HYPER, **options))
     assert str(caught.value).startswith(beginning), str(caught.value)

@@ -153,7 +153,7 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((12, 4), {"sections": [{"rows": 12, "algorithm": "sgd"}]}, ["sgd"]),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(target: Target, shape, layout, words):
+def test_a_layout_that_does_not_fit_is_refused(validating: Target, shape, layout, words):
     named = [("the_weight", torch.nn.Parameter(torch.zeros(shape)))]
     hyper = replace(HYPER, layout=layout)
-    accept.refuses(lambda: target.optimizer(named, hyper), ValueError, "the_weight", *words)
+    accept.refuses(lambda: validating.optimizer(named, hyper), ValueError, "the_weight", *words)

@@ -164,10 +164,10 @@ YOU = reference.schedule("you", 5).coefficients
         pytest.param("jordan", 0, ["ns_steps", "0"], id="no steps"),
     ],
 )
-def test_unsafe_schedules_are_refused(target: Target, coefficients, steps, words):
+def test_unsafe_schedules_are_refused(validating: Target, coefficients, steps, words):
     named = parameters([torch.ones(2, 3)])
     hyper = replace(HYPER, schedule=coefficients, steps=steps)
-    accept.refuses(lambda: target.optimizer(named, hyper), ValueError, *words)
+    accept.refuses(lambda: validating.optimizer(named, hyper), ValueError, *words)
 
 
 @pytest.mark.clause("ORTH-11")

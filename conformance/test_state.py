@@ -130,8 +130,8 @@ CORRUPTIONS = {
 
 @pytest.mark.clause("STATE-4")
 @pytest.mark.parametrize(("edit", "word"), CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
-def test_corrupt_state_is_refused_and_nothing_changes(target: Target, device, edit, word):
-    named, optimizer = stepped(target, device, HYPER)
+def test_corrupt_state_is_refused_and_nothing_changes(validating: Target, device, edit, word):
+    named, optimizer = stepped(validating, device, HYPER)
     saved = corrupt(edit)(optimizer.state_dict())
     take(optimizer, named, gradients(3))
 
@@ -142,10 +142,10 @@ def test_corrupt_state_is_refused_and_nothing_changes(target: Target, device, ed
 
 
 @pytest.mark.clause("STATE-4")
-def test_state_of_another_algorithm_is_refused(target: Target, device):
-    _, adamw = stepped(target, device, ADAMW)
+def test_state_of_another_algorithm_is_refused(validating: Target, device):
+    _, adamw = stepped(validating, device, ADAMW)
     named = parameters([tensor(SHAPE, 0), tensor(SHAPE, 1)], device)
-    optimizer = target.optimizer(named, HYPER)
+    optimizer = validating.optimizer(named, HYPER)
     accept.refuses(lambda: optimizer.load_state_dict(adamw.state_dict()), ValueError, "adamw")
 
 

@@ -14,6 +14,7 @@ from conformance.target import Hyper, Named
 
 class Target:
     name = "impl"
+    validates = True
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if dtype == torch.float64 else torch.float32

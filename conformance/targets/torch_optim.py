@@ -13,6 +13,7 @@ from conformance.target import Hyper, Named, Unsupported
 
 class Target:
     name = "torch_optim"
+    validates = True
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16
