@@ -124,7 +124,9 @@ def rounded(*, before: Tensor, actual: Tensor, expected: Tensor) -> None:
     """Every entry of a 16-bit weight within half a unit in its last place, plus what float32 leaves open on the way."""
     __tracebackhide__ = True
     before, after, expected = (T.detach().cpu().double() for T in (before, actual, expected))
-    ulp = unit(actual.dtype) * 2.0 ** (torch.frexp(expected).exponent - 1).clamp(min=-14 if actual.dtype == torch.float16 else -126)
+    ulp = unit(actual.dtype) * 2.0 ** (torch.frexp(expected).exponent - 1).clamp(
+        min=-14 if actual.dtype == torch.float16 else -126
+    )
     open_ = 8 * SLOPE * unit(torch.float32) * (expected - before).abs().max()
     worst = ((after - expected).abs() - open_).div(ulp).max().item()
     assert worst <= 0.5, f"an entry is {worst:.2f} units in the last place from its value, accepted 0.5"

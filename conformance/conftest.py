@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "clause(id, ...): the clauses of SPEC.md that a test holds the target to")
     config.addinivalue_line("markers", "suite: a test of the suite itself, not of a target")
     try:
-        config.stash[TARGET] = load(config.getoption("--target"))
+        config.stash[TARGET] = load(str(config.getoption("--target")))
     except (ImportError, AttributeError) as error:
         raise pytest.UsageError(f"--target={config.getoption('--target')}: {error}") from error
 
@@ -62,25 +62,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{item.nodeid} cites {sorted(unknown)}, which SPEC.md does not have")
         if not clauses and not item.get_closest_marker("suite"):
             raise pytest.UsageError(f"{item.nodeid} cites no clause of SPEC.md")
-        item.user_properties.append(("clauses", clauses))
+        item.user_properties.append(("clauses", " ".join(clauses)))
     _mark_known_failures(config, mine)
 
 
 def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> None:
-    path = Path(config.getoption("--xfails") or HERE / "xfails" / f"{config.stash[TARGET].name}.txt")
-    if not path.exists():
-        if config.getoption("--xfails"):
-            raise pytest.UsageError(f"--xfails={path}: there is no such file")
+    given = config.getoption("--xfails")
+    path = Path(given or HERE / "xfails" / f"{config.stash[TARGET].name}.txt")
+    if not path.exists() and not given:
         return
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise pytest.UsageError(f"--xfails: {error}") from error
+    # A part of a file may have been asked for; a line about the rest is not wrong then.
+    whole = {item.path.name for item in items if not any("::" in arg for arg in config.args)}
+    for line in lines:
         name, _, reason = (part.strip() for part in line.partition("#"))
-        if not name:
-            continue
-        if not reason:
+        if name and not reason:
             raise pytest.UsageError(f"{path}: {name} is a known failure without a reason")
-        # A name without its parameters stands for all of them.
-        matching = [item for item in items if name in (item.nodeid.split("/")[-1], item.nodeid.split("/")[-1].partition("[")[0])]
-        if not matching and not any("::" in arg for arg in config.args) and any(i.path.name == name.split("::")[0] for i in items):
+        matching = [item for item in items if item.nodeid.rpartition("conformance/")[2] == name]
+        if name.partition("::")[0] in whole and not matching:
             raise pytest.UsageError(f"{path}: {name} matches no test")
         for item in matching:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
@@ -89,24 +91,26 @@ def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> Non
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
-    clauses = dict(item.user_properties).get("clauses", [])
     if call.excinfo is not None and call.excinfo.errisinstance(Unsupported):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), 0, f"unsupported: {call.excinfo.value}")
-        report.user_properties.append(("unsupported", True))
-    elif report.failed and clauses:
-        text = "\n".join(f"{id} {CLAUSES[id]}" for id in clauses)
-        report.sections.insert(0, ("the clause", text))
+        report.user_properties.append(("unsupported", ""))
+    elif report.failed and (ids := _clauses(report)):
+        report.sections.insert(0, ("the clause", "\n".join(f"{id} {CLAUSES[id]}" for id in ids)))
     return report
+
+
+def _clauses(report: pytest.TestReport) -> list[str]:
+    return next((str(value).split() for key, value in report.user_properties if key == "clauses"), [])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.passed:
         return
     outcome = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-    if ("unsupported", True) in report.user_properties:
+    if ("unsupported", "") in report.user_properties:
         outcome = "unsupported"
-    for clause in dict(report.user_properties[:1]).get("clauses", []):
+    for clause in _clauses(report):
         OUTCOMES[clause].add(outcome)
 
 

@@ -2,6 +2,7 @@
 """ERR: errors."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -40,7 +41,9 @@ BAD = [
     ({"maximize": "yes"}, ["maximize", "yes"]),
     ({"nesterov": "yes"}, ["nesterov", "yes"]),
 ]
-bad = pytest.mark.parametrize(("options", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in options.items()) for options, _ in BAD])
+bad = pytest.mark.parametrize(
+    ("options", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in options.items()) for options, _ in BAD]
+)
 # Each error that torch.optim.Muon raises for wrong use: type and beginning of the message.
 TORCH = [
     ({"lr": torch.ones(2)}, (2, 3), "Tensor lr must be 1-element"),
@@ -78,16 +81,16 @@ def test_added_parameter_that_is_no_matrix_is_refused(validating: Target, shape)
     accept.refuses(lambda: optimizer.add_param_group(group), ValueError, "2D", unchanged=lambda: len(optimizer.param_groups))
 
 
-def sparse(shape: tuple[int, int]) -> torch.Tensor:
-    return torch.sparse_coo_tensor([[0], [1]], [1.0], shape, check_invariants=False)
-
-
 @pytest.mark.clause("ERR-3")
 @pytest.mark.parametrize(
     ("last", "gradient", "words"),
     [
-        (tensor((4, 6), 1), sparse((4, 6)), ["Muon does not support sparse gradients"]),
-        (torch.ones(4, 6, dtype=torch.complex64), torch.ones(4, 6, dtype=torch.complex64), ["Muon does not support complex parameters"]),
+        (tensor((4, 6), 1), torch.ones(4, 6).to_sparse(), ["Muon does not support sparse gradients"]),
+        (
+            torch.ones(4, 6, dtype=torch.complex64),
+            torch.ones(4, 6, dtype=torch.complex64),
+            ["Muon does not support complex parameters"],
+        ),
     ],
     ids=["sparse", "complex"],
 )
@@ -107,6 +110,5 @@ def test_error_in_a_step_changes_nothing(validating: Target, last, gradient, wor
 @pytest.mark.parametrize(("options", "shape", "beginning"), TORCH, ids=[message for *_, message in TORCH])
 def test_errors_are_torchs(validating: Target, options, shape, beginning):
     named = parameters([torch.zeros(shape)])
-    with pytest.raises(ValueError, match="^") as caught:
+    with pytest.raises(ValueError, match="^" + re.escape(beginning)):
         validating.optimizer(named, replace(HYPER, **options))
-    assert str(caught.value).startswith(beginning), str(caught.value)

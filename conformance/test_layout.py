@@ -116,7 +116,10 @@ def test_matrices_are_a_partition(shape, layout):
 
 
 MIXED = {
-    "gated delta net": ((20, 9), {"sections": [{"rows": 8}, {"rows": 8}, {"rows": 2, "algorithm": "adamw"}, {"rows": 2, "algorithm": "adamw"}]}),
+    "gated delta net": (
+        (20, 9),
+        {"sections": [{"rows": 8}, {"rows": 8}, {"rows": 2, "algorithm": "adamw"}, {"rows": 2, "algorithm": "adamw"}]},
+    ),
     "gate first": ((20, 9), {"sections": [{"rows": 2, "algorithm": "adamw"}, {"rows": 18, "head_dim": 6}]}),
     "in every expert": ((30, 9), {"blocks": 3, "sections": [{"rows": 8}, {"rows": 2, "algorithm": "adamw"}]}),
 }

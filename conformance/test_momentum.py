@@ -55,7 +55,9 @@ def test_is_kept_in_float32_or_wider(target: Target, device, dtype):
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shares_no_storage(target: Target, device, nesterov, dtype):
-    (p,), optimizer = run(target, [tensor((4, 4), 0, dtype)], [[tensor((4, 4), 1, dtype)]], replace(HYPER, nesterov=nesterov), device)
+    (p,), optimizer = run(
+        target, [tensor((4, 4), 0, dtype)], [[tensor((4, 4), 1, dtype)]], replace(HYPER, nesterov=nesterov), device
+    )
     M = target.momentum_buffer(optimizer, p)
     before = M.clone()
     p.grad.zero_()

@@ -20,7 +20,8 @@ NAMED = [("polar_express_s4", steps) for steps in reference.LOWER] + [("polar_ex
 # SPEC.md's table: l and the band on [l, 1]; the default's follow from its derivation.
 BANDS = {("polar_express", 5): (0.01, 0.858, 1.142), ("you", 5): (0.01, 0.977, 1.032), ("jordan", 5): (0.01, 0.681, 1.135)}
 BANDS |= {
-    ("polar_express_s4", steps): (l, *reference.schedule("polar_express_s4", steps).band(l)) for steps, l in reference.LOWER.items()
+    ("polar_express_s4", steps): (l, *reference.schedule("polar_express_s4", steps).band(l))
+    for steps, l in reference.LOWER.items()
 }
 # The schedule under which relations are checked: every implementation has it.
 JORDAN = ("jordan", 5, 0.0)
@@ -113,7 +114,14 @@ def test_is_odd(target: Target, device, shape, spectrum, seed):
 
 
 @pytest.mark.clause("ORTH-7")
-@given(shape=shapes, spectrum=spectra, seed=seeds, size=st.integers(1, 9), scale=st.integers(-60, 60), dtype=st.sampled_from(DTYPES))
+@given(
+    shape=shapes,
+    spectrum=spectra,
+    seed=seeds,
+    size=st.integers(1, 9),
+    scale=st.integers(-60, 60),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_neighbours_in_a_batch_do_not_matter(target: Target, device, shape, spectrum, seed, size, scale, dtype):
     batch = torch.stack([matrix(shape, spectrum, seed + i, dtype) for i in range(size)]).to(device)
     batch[: size // 2] *= 2.0 ** (scale if dtype not in (torch.float16,) else scale // 6)

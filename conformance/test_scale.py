@@ -36,7 +36,8 @@ def test_scale_that_matches_adamw(target: Target, device, shape, seed):
 @pytest.mark.clause("SCALE-3")
 @pytest.mark.parametrize("name", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize(
-    ("shape", "layout"), [((64, 4), {"blocks": 8}), ((4, 64), {"columns": 16}), ((2, 16, 4), {"blocks": 4}), ((8, 3, 2, 2), {"flatten": True})]
+    ("shape", "layout"),
+    [((64, 4), {"blocks": 8}), ((4, 64), {"columns": 16}), ((2, 16, 4), {"blocks": 4}), ((8, 3, 2, 2), {"flatten": True})],
 )
 @given(seed=seeds)
 def test_scale_is_of_the_matrix_not_the_parameter(target: Target, device, name, shape, layout, seed):

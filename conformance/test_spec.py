@@ -46,7 +46,9 @@ def test_every_clause_has_a_test():
 
 
 def test_reference_cites_only_clauses_that_exist():
-    found = cited(HERE.parent / "reference", "*.py") & {id for id in cited(HERE.parent / "reference", "*.py") if id[-1].isdigit()}
+    found = cited(HERE.parent / "reference", "*.py") & {
+        id for id in cited(HERE.parent / "reference", "*.py") if id[-1].isdigit()
+    }
     sections = {id.partition("-")[0] for id in CLAUSES}
     unknown = {id for id in found if id.partition("-")[0] in sections} - set(CLAUSES)
     assert not unknown

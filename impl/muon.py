@@ -223,15 +223,13 @@ def momentum(M: Tensor, G: Tensor, beta: float, nesterov: bool) -> Tensor:
 
 def step_adamw(group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor, lr: float | Tensor) -> None:
     """Step the AdamW sections of W in place with torch's own AdamW.   [SPEC: STEP-8]"""
-    W, G, exp_avg, exp_avg_sq = (
+    weights, gradients, exp_avg, exp_avg_sq = (
         [view for section, view in pieces(group, T) if section.algorithm == "adamw"]
         for T in (W, G, state["exp_avg"], state["exp_avg_sq"])
     )
     # torch counts a step for every tensor it is given; the sections of one parameter share one count.
-    steps = [state["step"].clone() for _ in W]
+    steps = [state["step"].clone() for _ in weights]
     beta1, beta2 = group["adamw_betas"]
-    adamw(
-        W, G, exp_avg, exp_avg_sq, [], steps, foreach=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
-        weight_decay=group["weight_decay"], eps=group["adamw_eps"], maximize=False,
-    )  # fmt: skip
+    options = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": group["weight_decay"], "eps": group["adamw_eps"]}
+    adamw(weights, gradients, exp_avg, exp_avg_sq, [], steps, foreach=False, amsgrad=False, maximize=False, **options)
     state["step"].add_(1)

@@ -7,12 +7,10 @@ X is m x n with m <= n (a tall matrix is transposed first); A = X X^T is its Gra
 import torch
 from torch import Tensor
 
-from impl.schedules import Coefficients, Schedule, schedule
+from impl.schedules import Coefficients, Quintic, Schedule, schedule
 
 
-def orthogonalize(
-    X: Tensor, ns_coefficients: Coefficients = "polar_express_s4", ns_steps: int = 5, eps: float = 0.0
-) -> Tensor:
+def orthogonalize(X: Tensor, ns_coefficients: Coefficients = "polar_express_s4", ns_steps: int = 5, eps: float = 0.0) -> Tensor:
     """Map every singular value s of X to p(s / N(X)), close to 1.   [SPEC: ORTH-1 to ORTH-12]
 
     The result does not depend on the scale of X: bit for bit for powers of two, over the whole range of its dtype.
@@ -40,42 +38,46 @@ def orthogonalize(
     if X.numel() == 0:
         return X.clone()
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
-        if X.ndim == 2:
-            return _orthogonalize(X, plan, eps)
-        # One by one: a library's batched product picks its kernel by batch size, and a matrix in the middle of a batch
-        # has another alignment than alone, so its bits would depend on the company it keeps (ORTH-7).
-        return torch.stack([_orthogonalize(x, plan, eps) for x in X])
+        return _orthogonalize(X if X.ndim == 3 else X[None], plan, eps).to(X.dtype).view(X.shape)
 
 
 def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:
-    shape, dtype = X.shape, X.dtype
-    X = X.mT if shape[0] > shape[1] else X
-    X = X.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
+    """ORTH on (B, m, n), in float32, or in float64 for float64."""
+    tall = X.shape[-2] > X.shape[-1]
+    X = (X.mT if tall else X).to(torch.float64 if X.dtype == torch.float64 else torch.float32)
     X, lift, factor = _unit_scale(X)
-    A = X @ X.mT
-    norm = torch.linalg.vector_norm(A).sqrt() if plan.norm == "schatten4" else torch.linalg.vector_norm(X)
-    norm = norm * plan.margin
-    if eps:
-        norm = norm.maximum(eps * lift * factor)
-    k = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
-    # NaN > 0 is false: without this a matrix with a NaN would come out as a harmless zero.
-    k = torch.where(norm.isnan(), norm, k)
-    X, A = X * k, A * (k * k)
-    for step, (a, b, c) in enumerate(plan.coefficients):
+    # One by one, each in memory of its own: a library picks the kernel of a batched product by the batch's size, and a
+    # matrix inside a batch is aligned otherwise than alone, so its bits would depend on its company (ORTH-7).
+    alone = [x.clone(memory_format=torch.contiguous_format) for x in X]
+    gram = [x @ x.mT for x in alone]
+    if plan.norm == "schatten4":
+        norm = torch.stack([torch.linalg.vector_norm(A) for A in gram]).sqrt()
+    else:
+        norm = torch.stack([torch.linalg.vector_norm(x) for x in alone])
+    norm = (norm * plan.margin).maximum((eps * lift * factor).flatten()) if eps else norm * plan.margin
+    # A norm of NaN stays NaN, and with it the matrix: it must not come out as a harmless zero.
+    k = torch.where(norm == 0, norm, 1 / norm)
+    done = [_iterate(x * k, A * (k * k), plan.coefficients) for x, A, k in zip(alone, gram, k, strict=True)]
+    return torch.stack([x.mT for x in done] if tall else done)
+
+
+def _iterate(X: Tensor, A: Tensor, coefficients: tuple[Quintic, ...]) -> Tensor:
+    """Apply the quintics, first to last, to X (m, n), whose Gram matrix is A."""
+    for step, (a, b, c) in enumerate(coefficients):
         if step:
             A = X @ X.mT
         B = torch.addmm(A, A, A, beta=b, alpha=c)
         X = torch.addmm(X, B, X, beta=a)
-    return (X.mT if shape[0] > shape[1] else X).to(dtype)
+    return X
 
 
 def _unit_scale(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply X by a power of two, given as two factors, so that its largest magnitude lies in [2, 4).
+    """Multiply each matrix by a power of two, given as two factors, so that its largest magnitude lies in [2, 4).
 
     Both factors are needed: the inverse of a subnormal scale overflows, so small matrices are lifted first. Every entry
     is rounded at most once, and only where it falls below the range next to the largest; so X and 2^k X lose alike.
     """
-    largest = X.abs().amax()
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
     one = torch.ones_like(largest)
     lift = torch.where(largest < 1, torch.full_like(largest, torch.finfo(X.dtype).tiny ** -0.5), one)
     largest = torch.where(largest == 0, one, largest * lift)

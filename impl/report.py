@@ -16,7 +16,7 @@ def report(optimizer: Optimizer) -> str:
     "matrices" is count x rows x columns of what is orthogonalized by itself; "learning rate" is what its update is
     multiplied with now, scale included.
     """
-    lines = [HEADER]
+    lines: list[tuple[str, ...]] = [HEADER]
     totals = {"muon": 0, "adamw": 0}
     for index, group in enumerate(optimizer.param_groups):
         for name, p in zip(names(group, index), group["params"], strict=True):

@@ -188,7 +188,7 @@ def _route_matrix(name: str, p: Tensor, owner: nn.Module, experts: int | None) -
     count = getattr(p, "num_experts", None)
     if count is not None:
         return Route(f"num_experts={count}", "muon", Layout(blocks=count))
-    if p.ndim == 3 and experts == p.shape[0]:
+    if experts is not None and p.ndim == 3 and experts == p.shape[0]:
         return Route(f"config: {experts} experts", "muon", Layout(blocks=experts))
     if p.ndim == 2 and (isinstance(owner, (nn.Linear, nn.MultiheadAttention)) or getattr(p, "use_muon", None) is True):
         return Route("matrix", "muon")

@@ -107,10 +107,10 @@ def schedule(ns_coefficients: Coefficients, ns_steps: int) -> Schedule:
         ValueError: no such name, a number of steps that the schedule does not have, or a composition that can
             reverse a direction, shrink one or overshoot; the message holds the numbers.
     """
-    if not isinstance(ns_coefficients, str):
-        # A saved optimizer may hold lists; the cache wants tuples.
-        ns_coefficients = tuple(tuple(q) if isinstance(q, Sequence) else q for q in ns_coefficients)
-    return _build(ns_coefficients, ns_steps)
+    if isinstance(ns_coefficients, str):
+        return _build(ns_coefficients, ns_steps)
+    # A saved optimizer may hold lists; the cache wants tuples.
+    return _build(tuple(tuple(q) if isinstance(q, Sequence) else q for q in ns_coefficients), ns_steps)
 
 
 @lru_cache
@@ -118,9 +118,7 @@ def _build(ns_coefficients: str | tuple, ns_steps: int) -> Schedule:
     if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or ns_steps < 1:
         raise ValueError(f"ns_steps should be an integer >= 1 but is: {ns_steps!r}")
     if ns_steps >= 100:
-        raise ValueError(
-            f"Number of steps must be less than 100 for computational efficiency, found ns_steps={ns_steps}"
-        )
+        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, found ns_steps={ns_steps}")
     if isinstance(ns_coefficients, str):
         return _published(ns_coefficients, ns_steps)
     if len(ns_coefficients) == 3 and not isinstance(ns_coefficients[0], Sequence):

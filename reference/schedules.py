@@ -153,7 +153,7 @@ def schedule(coefficients, steps):
         coefficients = [coefficients] * steps
     if np.shape(coefficients) != (steps, 3) or steps < 1:
         raise ValueError(f"expected {steps} triples (a, b, c), got an array of shape {np.shape(coefficients)}")
-    result = Schedule(tuple(tuple(map(float, triple)) for triple in coefficients))
+    result = Schedule(tuple((float(a), float(b), float(c)) for a, b, c in coefficients))
     if result.faults():
         raise ValueError("; ".join(result.faults()))
     return result

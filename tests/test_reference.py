@@ -166,8 +166,7 @@ def test_published_coefficients():
     quintics = {
         "polar_express": "8.15655 -22.48329 15.87877 4.04293 -2.80892 0.50002 3.89167 -2.77248 0.50606 "
         "3.28575 -2.36813 0.46449 2.34654 -1.70978 0.42324",
-        "you": "4.0848 -6.8946 2.9270 3.9505 -6.3029 2.6377 3.7418 -5.5913 2.3037 "
-        "2.8769 -3.1427 1.2046 2.8366 -3.0525 1.2012",
+        "you": "4.0848 -6.8946 2.9270 3.9505 -6.3029 2.6377 3.7418 -5.5913 2.3037 2.8769 -3.1427 1.2046 2.8366 -3.0525 1.2012",
         "jordan": "3.4445 -4.7750 2.0315 " * 5,
     }
     for name, numbers in quintics.items():
@@ -428,9 +427,7 @@ def train(make, shape, steps=5, dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "fn", "scale"), [((8, 2), None, 2.0), ((2, 8), None, 1.0), ((4, 9), "match_rms_adamw", 0.6)]
-)
+@pytest.mark.parametrize(("shape", "fn", "scale"), [((8, 2), None, 2.0), ((2, 8), None, 1.0), ((4, 9), "match_rms_adamw", 0.6)])
 def test_linear_schedule_makes_it_sgd(nesterov, shape, fn, scale):
     # With p(x) = x and a floor far above the norm, O = U / floor; SGD's momentum is the sum form.
     floor, lr, beta = 1024.0, 30.0, 0.9
@@ -444,9 +441,7 @@ def test_linear_schedule_makes_it_sgd(nesterov, shape, fn, scale):
 def test_dampened_sgd_is_the_average_form():
     # From a zero gradient on, SGD with dampening = momentum keeps the same buffer as MOM-1.
     W, V = (torch.nn.Parameter(gaussian(3, 4)) for _ in range(2))
-    ours = Muon(
-        [W], lr=512.0, weight_decay=0, momentum=0.8, nesterov=False, ns_coefficients=IDENTITY, ns_steps=1, eps=1024
-    )
+    ours = Muon([W], lr=512.0, weight_decay=0, momentum=0.8, nesterov=False, ns_coefficients=IDENTITY, ns_steps=1, eps=1024)
     sgd = torch.optim.SGD([V], lr=0.5, momentum=0.8, dampening=0.8)
     for t in range(5):
         W.grad = V.grad = gaussian(3, 4, seed=t) * (t > 0)
@@ -591,9 +586,7 @@ def nearest_bfloat16(x):
 def test_sixteen_bit_weights_are_rounded_once():
     rng = np.random.default_rng(0)
     ties = 1 + (2 * np.arange(64) + 1) * 2.0**-8  # halfway between bfloat16 neighbours
-    aside = np.array(
-        [[0, 2.0**-45, -(2.0**-45), 0.7 * 2.0**-23, -0.7 * 2.0**-23]]
-    ).T  # float32: a tie, or its neighbour
+    aside = np.array([[0, 2.0**-45, -(2.0**-45), 0.7 * 2.0**-23, -0.7 * 2.0**-23]]).T  # float32: a tie, or its neighbour
     nearly = np.concatenate([(ties + aside).flatten(), -(ties + aside).flatten()])
     values = np.concatenate([nearly, nearly * 2.0**-130, rng.standard_normal(1000), [0.0]])
     expected = torch.tensor([nearest_bfloat16(x) for x in values]).double()
@@ -639,9 +632,7 @@ def test_save_load_and_copy_go_on_with_the_same_bits(dtype):
 
 def test_options_of_one_group():
     W, V = (torch.nn.Parameter(gaussian(4, 2)) for _ in range(2))
-    optimizer = Muon(
-        [dict(params=[W], lr=0.5, adjust_lr_fn="match_rms_adamw"), dict(params=[V])], lr=0.1, weight_decay=0
-    )
+    optimizer = Muon([dict(params=[W], lr=0.5, adjust_lr_fn="match_rms_adamw"), dict(params=[V])], lr=0.1, weight_decay=0)
     W.grad = V.grad = gaussian(4, 2, seed=1)
     optimizer.step()
     start = gaussian(4, 2)

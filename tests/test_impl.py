@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the inside of impl shows, and how it fits into torch; SPEC.md's clauses are tested in conformance/."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from impl import Layout, Muon, Section, orthogonalize, param_groups
+from impl import schedules as ours
+from impl.layout import cut, matrices
+
+
+@pytest.mark.parametrize("steps", reference.LOWER)
+def test_default_coefficients_are_the_derived_ones(steps):
+    assert ours.POLAR_EXPRESS_S4[steps] == reference.schedule("polar_express_s4", steps).coefficients
+
+
+@pytest.mark.parametrize("name", ["polar_express", "you", "jordan"])
+def test_published_coefficients_agree(name):
+    mine, theirs = ours.schedule(name, 5), reference.schedule(name, 5)
+    assert (mine.coefficients, mine.norm, mine.margin) == (theirs.coefficients, theirs.norm, theirs.margin)
+
+
+@pytest.mark.parametrize(
+    "coefficients", [*ours.POLAR_EXPRESS_S4.values(), ours.YOU, (ours.JORDAN,) * 9, ((1.5, -0.5, 0.0),) * 3]
+)
+def test_images_agree(coefficients):
+    for low, high in ((0.0, 1.0), (1e-3, 1.001), (0.5, 0.9)):
+        assert ours.image(coefficients, low, high) == pytest.approx(reference.Schedule(coefficients).image(low, high))
+
+
+def test_coefficients_may_come_back_as_lists():
+    assert ours.schedule([3.4445, -4.775, 2.0315], 5) == ours.schedule("jordan", 5)
+    assert ours.schedule([[3.4445, -4.775, 2.0315]] * 2, 2) == ours.schedule("jordan", 2)
+
+
+LAYOUTS = [
+    ((12, 5), Layout(blocks=3)),
+    ((3, 4, 5), Layout(blocks=6, columns=5)),
+    ((12, 6), Layout(groups=2, columns=3, sections=(Section(2), Section(4, head_dim=2)))),
+    ((8, 3, 2, 2), Layout(flatten=True)),
+]
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
+def test_cut_is_views_and_matrices_go_back_in_place(shape, layout):
+    T = torch.arange(torch.Size(shape).numel()).view(shape)
+    restored = torch.zeros_like(T)
+    for (section, view), (_, target) in zip(cut(layout, T), cut(layout, restored), strict=True):
+        assert view.untyped_storage().data_ptr() == T.untyped_storage().data_ptr()
+        target.copy_(matrices(section, view).reshape(view.shape))
+    assert torch.equal(restored, T)
+
+
+def model_and_optimizer() -> tuple[nn.Module, Muon]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 11))
+    model[1].weight.muon_layout = Layout(sections=(Section(8), Section(4, algorithm="adamw")))
+    return model, Muon(param_groups(model), lr=0.02)
+
+
+def train(model: nn.Module, optimizer: Muon, seed: int = 0) -> None:
+    tokens = torch.randint(11, (16,), generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+
+
+def test_distributed_checkpoint_round_trip():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, optimizer = model_and_optimizer()
+    before = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer)  # steps once with zero gradients, to create state
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    train(model, optimizer)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other_model, other = model_and_optimizer()
+    other_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other_model, other, saved)
+    train(model, optimizer, 1)
+    train(other_model, other, 1)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_pickle_and_defaults_go_round():
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    Muon([nn.Parameter(torch.zeros(2, 3))], **optimizer.defaults)
+    again = pickle.loads(pickle.dumps(optimizer))  # noqa: S301
+    assert again.param_groups[1]["layout"] == optimizer.param_groups[1]["layout"]
+
+
+def test_a_checkpoint_of_torchs_muon_loads():
+    W = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    p, q = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    theirs = torch.optim.Muon([p], lr=0.02)
+    p.grad = torch.ones(4, 6)
+    theirs.step()
+    mine = Muon([q])
+    mine.load_state_dict(theirs.state_dict())
+    assert torch.equal(mine.state[q]["momentum_buffer"], theirs.state[p]["momentum_buffer"])
+    assert mine.param_groups[0]["ns_coefficients"] == (3.4445, -4.775, 2.0315)
+    q.grad = torch.ones(4, 6)
+    mine.step()
+    assert q.isfinite().all()
+
+
+def test_autocast_does_not_reach_the_iteration():
+    X = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = orthogonalize(X)
+    assert torch.equal(inside, orthogonalize(X))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_matrix_that_is_not_finite_comes_out_as_nan_and_its_neighbours_do_not_notice(bad):
+    X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(X)
+    X[1, 2, 3] = bad
+    O = orthogonalize(X)
+    assert O[1].isnan().any()
+    assert torch.equal(O[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 3, 4), (2, 0, 4)])
+def test_empty(shape):
+    assert orthogonalize(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("X", "error", "words"),
+    [
+        (torch.zeros(3), ValueError, r"\(m, n\) or \(B, m, n\) but has shape \(3,\)"),
+        (torch.zeros(2, 2, 2, 2), ValueError, "but has shape"),
+        (torch.zeros(2, 3, dtype=torch.int64), TypeError, "int64"),
+        (torch.zeros(2, 3, dtype=torch.complex64), TypeError, "complex64"),
+    ],
+)
+def test_orthogonalize_refuses(X, error, words):
+    with pytest.raises(error, match=words):
+        orthogonalize(X)
+
+
+def test_parameters_with_other_strides_step_alike():
+    W, G = (torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    results = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(W.clone(memory_format=memory))
+        p.grad = G.clone(memory_format=memory)
+        Muon([p], layout=Layout(flatten=True)).step()
+        results.append(p.detach().contiguous())
+    assert torch.equal(*results)
