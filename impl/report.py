@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routing table: what happens to every parameter, and why.   [SPEC: ROUTE-7]"""
 
+from collections import Counter
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from impl.layout import Layout, cut, matrices
-from impl.options import lr_scale, names
+from impl.options import algorithms, lr_scale, names
 
 HEADER = ("parameter", "shape", "rule", "algorithm", "matrices", "learning rate")
 
@@ -14,35 +18,41 @@ def report(optimizer: Optimizer) -> str:
     """One line for every parameter, then exact totals for each algorithm.
 
     "matrices" is count x rows x columns of what is orthogonalized by itself; "learning rate" is what its update is
-    multiplied with now, scale included.
+    multiplied with now, scale included, in the same order, and AdamW's last.
     """
     lines: list[tuple[str, ...]] = [HEADER]
     totals = {"muon": 0, "adamw": 0}
     for index, group in enumerate(optimizer.param_groups):
         for name, p in zip(names(group, index), group["params"], strict=True):
-            parts = _parts(group, p)
-            for algorithm, _, _, numel in parts:
-                totals[algorithm] += numel
-            shape = "x".join(map(str, p.shape)) or "scalar"
-            used, cut_into, rates, _ = ([*dict.fromkeys(map(str, column))] for column in zip(*parts, strict=True))
-            lines.append((name, shape, group.get("rule", "-"), "+".join(used), " ".join(cut_into), " ".join(rates)))
+            sizes = orthogonalized(group, p)
+            in_muon = sum(count * m * n for (m, n), count in sizes.items())
+            totals["muon"] += in_muon
+            totals["adamw"] += p.numel() - in_muon
+            lr = float(group["lr"])
+            rates = [lr * lr_scale(m, n, group["adjust_lr_fn"]) for m, n in sizes]
+            rates += [lr * group["adamw_lr_ratio"]] if "adamw" in algorithms(group) else []
+            lines.append(
+                (
+                    name,
+                    "x".join(map(str, p.shape)) or "scalar",
+                    group.get("rule", "-"),
+                    "+".join(sorted(algorithms(group), reverse=True)),
+                    " ".join(f"{count}x{m}x{n}" for (m, n), count in sizes.items()) or "-",
+                    " ".join(f"{rate:.3g}" for rate in rates),
+                )
+            )
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     table.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*table, "", *(f"{algorithm}: {n:,} parameters" for algorithm, n in totals.items())])
 
 
-def _parts(group: dict, p: torch.Tensor) -> list[tuple[str, str, str, int]]:
-    """(algorithm, matrices, learning rate, number of entries) of every section of p."""
-    lr = float(group["lr"])
-    adamw_lr = f"{lr * group['adamw_lr_ratio']:.3g}"
-    if group["algorithm"] == "adamw":
-        return [("adamw", "-", adamw_lr, p.numel())]
-    parts = []
-    for section, view in cut(Layout.of(group["layout"]), torch.empty(p.shape, device="meta")):
-        B, m, n = matrices(section, view).shape
-        if section.algorithm == "adamw":
-            parts.append(("adamw", "-", adamw_lr, view.numel()))
-        else:
-            parts.append(("muon", f"{B}x{m}x{n}", f"{lr * lr_scale(m, n, group['adjust_lr_fn']):.3g}", view.numel()))
-    return parts
+def orthogonalized(group: dict[str, Any], p: Tensor) -> Counter[tuple[int, int]]:
+    """How many matrices of which size (m, n) Muon sees in a parameter of the group."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    if group["algorithm"] == "muon":
+        for section, view in cut(Layout.of(group["layout"]), torch.empty(p.shape, device="meta")):
+            if section.algorithm == "muon":
+                count, m, n = matrices(section, view).shape
+                sizes[m, n] += count
+    return sizes
