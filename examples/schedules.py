@@ -5,7 +5,8 @@
 
 trains the example, takes the singular values of every Muon matrix's momentum along the way, and prints the relative
 Frobenius distance ||p(x) - 1|| / sqrt(rank) that a schedule p leaves on them: averaged over all matrices at each of
-five moments, the mean of those, and the worst matrix at the end. A schedule acts on singular values alone, so this is exact. Matrices whose momentum is still zero are left out.
+five moments, the mean of those, and the worst matrix at the end. A schedule acts on singular values alone, so this is
+exact. Matrices whose momentum is still zero are left out.
 """
 
 import argparse
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 
 from examples.run import Run
-from impl import Muon
-from impl.layout import matrices
-from impl.muon import pieces
+from impl import Layout, Muon
+from impl.layout import cut, matrices
 from reference import Schedule, schedule
 from reference.schedules import polar_express_s4
 
@@ -35,8 +35,8 @@ def spectra(optimizer: Muon) -> list[np.ndarray]:
     """Singular values of the momentum of every matrix that Muon orthogonalizes."""
     found = []
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            for section, view in pieces(group, optimizer.state[p]["momentum_buffer"]) if group["algorithm"] == "muon" else ():
+        for p in group["params"] if group["algorithm"] == "muon" else ():
+            for section, view in cut(Layout.of(group["layout"]), optimizer.state[p]["momentum_buffer"]):
                 if section.algorithm == "muon":
                     found += list(torch.linalg.svdvals(matrices(section, view).double()).numpy())
     return [s for s in found if s[0] > 0]
@@ -66,7 +66,11 @@ def main() -> None:
         mean = np.mean([np.mean(e) for e in errors])
         print(f"{name:28}{cells}{mean:8.4f}{np.max(errors[-1]):8.3f}{distance(p, GAUSS):8.3f}   [{low:.3f}, {high:.3f}]")
 
-    print(f"\n{'schedule':28}" + "".join(f"{f'at {step}':>8}" for step in samples) + "    mean   worst   gauss   band on [0.01, 1]")
+    print(
+        f"\n{'schedule':28}"
+        + "".join(f"{f'at {step}':>8}" for step in samples)
+        + "    mean   worst   gauss   band on [0.01, 1]"
+    )
     for name in ("jordan", "you", "polar_express"):
         show(name, schedule(name, 5))
     for count, lowers in CANDIDATES.items():
