@@ -167,6 +167,9 @@ YOU = reference.schedule("you", 5).coefficients
         pytest.param((*YOU, YOU[0]), 6, ["ns_coefficients", "shrink", "0.06"], id="five quintics cycled to six"),
         pytest.param("you", 6, ["you", "6", "5"], id="a named schedule at other steps"),
         pytest.param((0.9, 0.0, 0.0), 5, ["ns_coefficients", "shrink"], id="slope below one"),
+        pytest.param((0.98, 0.3, 0.0), 1, ["ns_coefficients", "shrink"], id="only the slope below one"),
+        pytest.param((1.5, -1.2, 0.0), 1, ["ns_coefficients", "shrink"], id="only large ones shrink"),
+        pytest.param(((1.5, -0.5, 0.0),) * 2, 4, ["ns_steps", "2", "4"], id="not a quintic for every step"),
         pytest.param((3.0, 0.0, 0.0), 1, ["ns_coefficients", "overshoot"], id="beyond two"),
         pytest.param("no_such_schedule", 5, ["ns_coefficients", "no_such_schedule", "jordan"], id="unknown name"),
         pytest.param("jordan", 0, ["ns_steps", "0"], id="no steps"),
@@ -194,10 +197,10 @@ def test_argument_is_not_touched_and_strides_do_not_matter(target: Target, devic
 
 
 @pytest.mark.clause("ORTH-12")
-@given(shape=shapes, seed=seeds, exponent=st.integers(-4, 4))
-def test_epsilon_is_a_floor_under_the_norm(target: Target, device, shape, seed, exponent):
+@pytest.mark.parametrize("name", ["jordan", "polar_express", "polar_express_s4"])
+@given(shape=shapes, seed=seeds, exponent=st.floats(-2, 3))
+def test_epsilon_is_a_floor_under_the_norm(target: Target, device, name, shape, seed, exponent):
     X = matrix(shape, "repeated", seed)
     eps = float(X.double().norm()) * 2.0**exponent
-    O = target.orthogonalize(X.to(device), *JORDAN[:2], eps)
-    jordan = reference.schedule("jordan", 5)
-    accept.spectral(actual=O, X=X, schedule=jordan, precision=target.precision(X.dtype), eps=eps)
+    O = target.orthogonalize(X.to(device), name, 5, eps)
+    accept.spectral(actual=O, X=X, schedule=reference.schedule(name, 5), precision=target.precision(X.dtype), eps=eps)

@@ -57,6 +57,9 @@ def test_roles(target: Target):
             nn.Conv1d(8, 4, 3, groups=2),
             nn.MultiheadAttention(8, 2),
             nn.RMSNorm(8),
+            nn.Conv3d(8, 6, (1, 2, 3), bias=False),
+            nn.LayerNorm((4, 8), bias=False),
+            Owner(8, 8, use_muon=True),
         )
     )
     expected = OUTSIDE | {
@@ -73,6 +76,9 @@ def test_roles(target: Target):
         "body.5.out_proj.weight": MUON,
         "body.5.out_proj.bias": ADAMW,
         "body.6.weight": ADAMW,
+        "body.7.weight": layout(flatten=True),
+        "body.8.weight": ADAMW,
+        "body.9.w": MUON,
     }
     accept.routes(actual=target.routes(model), expected=expected)
 
@@ -81,6 +87,9 @@ def test_roles(target: Target):
 def test_a_tied_weight_is_routed_once_by_its_strictest_role(target: Target):
     expected = {name: route for name, route in OUTSIDE.items() if name != "head.weight"}
     accept.routes(actual=target.routes(Language(body(), tied=True)), expected=expected)
+    head_first = nn.Sequential(nn.Linear(8, 11, bias=False), nn.EmbeddingBag(11, 8), nn.Linear(8, 8, bias=False))
+    head_first[1].weight = head_first[0].weight
+    accept.routes(actual=target.routes(head_first, head=()), expected={"0.weight": ADAMW, "2.weight": MUON})
     reused = nn.Linear(8, 8, bias=False)
     model = Language(body(reused, nn.ReLU(), reused))
     accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.1.weight": MUON})
@@ -163,6 +172,7 @@ def test_overrides(target: Target):
         ({"body.9.*": {"algorithm": "adamw"}}, ["body.9.*", "matches no"]),
         ({"body.0.weight": {"lr": 1.0}, "body.*": {"lr": 2.0}}, ["body.0.weight", "body.*", "two"]),
         ({"body.0.weight": {"layout": {"blocks": 3}}}, ["body.0.weight", "8", "3"]),
+        ({"body.0.weight": {"learning_rate": 3.0}}, ["body.0.weight", "learning_rate"]),
     ):
         accept.refuses(lambda overrides=overrides: target.routes(known, overrides=overrides), ValueError, *words)
 
@@ -175,8 +185,19 @@ def test_overrides(target: Target):
         (nn.Sequential(Owner(8, 8), nn.Linear(8, 8)), {}, ["0.w", "Owner", "override"]),
         (nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 3)), {}, ["head", "5"]),
         (Language(body()), {"head": "lm_head.weight"}, ["lm_head.weight", "matches no"]),
+        (Language(body(nn.Embedding(8, 8))), {}, ["head", "body.0.weight", "8", "11"]),
+        (nn.Sequential(nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, 6), nn.Linear(6, 10)), {}, ["head", "6", "9"]),
+        (Language(body(nn.Bilinear(4, 4, 8))), {}, ["body.1.weight", "Bilinear"]),
     ],
-    ids=["nothing to orthogonalize", "unknown owner", "no head", "head matches nothing"],
+    ids=[
+        "nothing to orthogonalize",
+        "unknown owner",
+        "no head",
+        "head matches nothing",
+        "two heads",
+        "padded head",
+        "bilinear",
+    ],
 )
 def test_what_is_not_recognised_is_refused(target: Target, model, options, words):
     accept.refuses(lambda: target.routes(model, **options), ValueError, *words)
@@ -193,3 +214,15 @@ def test_report_has_every_parameter_and_exact_totals(target: Target):
     assert "4x6x8" in report
     totals = {algorithm: int(n.replace(",", "")) for algorithm, n in re.findall(r"^(\w+): ([\d,]+) parameters", report, re.M)}
     assert totals == {"muon": 64 + 192, "adamw": 88 + 8 + 88 + 11}
+
+
+@pytest.mark.clause("ROUTE-7")
+def test_report_tells_sections_and_learning_rates(target: Target):
+    sections = ({"rows": 16}, {"rows": 16}, {"rows": 2, "algorithm": "adamw"})
+    model = Language(body(Owner(34, 4, muon_layout={"sections": sections})))
+    report = target.report(model)
+    (line,) = [line for line in report.splitlines() if line.startswith("body.1.w ")]
+    # lr is 1e-3, the default; a 16 x 4 matrix has twice that.
+    assert re.search(r"muon\+adamw\s+2x16x4\s+0.002 0.001$", line), line
+    totals = {algorithm: int(n.replace(",", "")) for algorithm, n in re.findall(r"^(\w+): ([\d,]+) parameters", report, re.M)}
+    assert totals == {"muon": 64 + 128, "adamw": 88 + 8 + 88 + 11 + 8}

@@ -61,6 +61,38 @@ def test_state_is_complete_and_typed(target: Target, device, dtype, hyper):
     assert not optimizer.state.get(named[2][1]), "a parameter that requires no gradient has state"
 
 
+@pytest.mark.clause("STATE-1")
+@hypers
+def test_no_gradient_no_state(target: Target, device, hyper):
+    named = parameters([tensor(SHAPE, 0)], device)
+    optimizer = target.optimizer(named, hyper)
+    optimizer.step()
+    assert not any(optimizer.state.values())
+
+
+@pytest.mark.clause("STATE-1", "STATE-2")
+def test_a_group_added_late_is_saved_too(target: Target, device):
+    named, optimizer = stepped(target, device, HYPER)
+    late = parameters([tensor(SHAPE, 8)], device)
+    optimizer.add_param_group(target.group([("late", late[0][1])], HYPER))
+    fresh = target.optimizer(named, HYPER)
+    fresh.add_param_group(target.group([("late", late[0][1])], HYPER))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert accept.equal(fresh.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.clause("STATE-2")
+@hypers
+def test_loaded_state_is_a_copy(target: Target, device, hyper):
+    named, optimizer = stepped(target, device, hyper)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    other = target.optimizer(named, hyper)
+    other.load_state_dict(saved)
+    take(other, named, gradients(5))
+    assert accept.equal(saved, kept)
+
+
 @pytest.mark.clause("STATE-2", "STATE-3")
 @dtypes
 @hypers
@@ -147,6 +179,28 @@ def test_state_of_another_algorithm_is_refused(validating: Target, device):
     named = parameters([tensor(SHAPE, 0), tensor(SHAPE, 1)], device)
     optimizer = validating.optimizer(named, HYPER)
     accept.refuses(lambda: optimizer.load_state_dict(adamw.state_dict()), ValueError, "adamw")
+
+
+@pytest.mark.clause("STATE-4")
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda s: s["param_groups"][0].update(layout=None), "layout"),
+        (lambda s: s["param_groups"][0]["layout"].update(blocks=2), "layout"),
+        (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "step"),
+        (lambda s: s["state"][0]["exp_avg_sq"].fill_(-1.0), "exp_avg_sq"),
+        (lambda s: s["state"][1].pop("exp_avg"), "w1"),
+    ],
+    ids=["no layout", "another layout", "step negative", "squares negative", "average missing"],
+)
+def test_corrupt_state_of_sections_is_refused(validating: Target, device, edit, word):
+    named, optimizer = stepped(validating, device, MIXED)
+    saved = corrupt(edit)(optimizer.state_dict())
+
+    def unchanged():
+        return copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for _, p in named]
+
+    accept.refuses(lambda: optimizer.load_state_dict(saved), ValueError, word, unchanged=unchanged)
 
 
 @pytest.mark.clause("STATE-2")

@@ -63,10 +63,11 @@ def test_a_zero_gradient_is_a_gradient(target: Target, device, shape, seed):
 @pytest.mark.clause("STEP-4")
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
 @given(shape=shapes, seed=seeds, nesterov=st.booleans())
-def test_gradients_are_not_touched(target: Target, device, algorithm, dtype, shape, seed, nesterov):
+def test_gradients_are_not_touched(target: Target, device, algorithm, dtype, maximize, shape, seed, nesterov):
     named = parameters([tensor(shape, seed, dtype)], device)
-    optimizer = target.optimizer(named, replace(HYPER, algorithm=algorithm, nesterov=nesterov))
+    optimizer = target.optimizer(named, replace(HYPER, algorithm=algorithm, nesterov=nesterov, maximize=maximize))
     p = named[0][1]
     for i in range(2):
         p.grad = tensor(shape, seed + i, dtype).to(device)

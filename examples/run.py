@@ -133,14 +133,15 @@ class Run:
             raise InputError(f"--resume {directory}: there is no checkpoint.pt in it")
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            options, digest = state["options"], state["digest"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
-            raise InputError(f"--resume {directory}: checkpoint.pt is damaged, or not of this program") from None
-        run = cls(**options)
-        if digest != run.corpus.digest:
-            raise InputError(f"--resume {directory}: the text has changed since the run began")
-        for part in PARTS:
-            getattr(run, part).load_state_dict(state[part])
-        run.sampler.set_state(state["sampler"])
-        run.metrics = state["metrics"]
+            run = cls(**state["options"])
+            if state["digest"] != run.corpus.digest:
+                raise InputError(f"--resume {directory}: the text has changed since the run began")
+            for part in PARTS:
+                getattr(run, part).load_state_dict(state[part])
+            run.sampler.set_state(state["sampler"])
+            run.metrics = state["metrics"]
+        except InputError:
+            raise
+        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError):
+            raise InputError(f"--resume {directory}: checkpoint.pt is damaged, or of another version of this") from None
         return run

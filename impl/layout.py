@@ -48,8 +48,11 @@ class Layout:
         """A layout from what a group holds: one already, the plain data that a state dict keeps, or None."""
         if value is None or isinstance(value, Layout):
             return value or cls()
-        sections = tuple(s if isinstance(s, Section) else Section(**s) for s in value.get("sections", ()))
-        return cls(**{**value, "sections": sections})
+        try:
+            sections = tuple(s if isinstance(s, Section) else Section(**s) for s in value.get("sections", ()))
+            return cls(**{**value, "sections": sections})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"layout should be a Layout or a dict of its fields but is: {value!r} ({error})") from error
 
 
 def check_layout(layout: Layout, shape: Sequence[int], name: str) -> None:
@@ -62,7 +65,7 @@ def check_layout(layout: Layout, shape: Sequence[int], name: str) -> None:
     for section in layout.sections:
         if not isinstance(section, Section) or section.algorithm not in ALGORITHMS:
             refuse(f"sections should be Section(rows, algorithm in {ALGORITHMS}), found {section!r}")
-        counts += [("rows of a section", section.rows), ("head_dim", section.head_dim or 1)]
+        counts += [("rows of a section", section.rows), ("head_dim", 1 if section.head_dim is None else section.head_dim)]
     for what, count in counts:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             refuse(f"{what} should be an integer >= 1 but is {count!r}")
@@ -70,7 +73,7 @@ def check_layout(layout: Layout, shape: Sequence[int], name: str) -> None:
         refuse("a parameter with fewer than two dimensions has no matrices")
     if len(shape) > 3 and not layout.flatten:
         refuse("more than three dimensions need flatten=True (convolutions)")
-    if len(shape) == 3 and not layout.flatten and layout.blocks % shape[0]:
+    if len(shape) == 3 and not layout.flatten and layout.blocks % max(shape[0], 1):
         refuse(f"blocks should be a multiple of the first dimension, {shape[0]}, but is {layout.blocks}")
     rows, columns = _rows_columns(layout, shape)
     if rows % (layout.blocks * layout.groups):
@@ -100,7 +103,7 @@ def matrices(section: Section, view: Tensor) -> Tensor:
     blocks, columns, groups, rows, n = view.shape
     if section.head_dim is None:
         return view.reshape(blocks * columns, groups * rows, n)
-    return view.reshape(-1, section.head_dim, n)
+    return view.reshape(blocks * columns * groups * rows // section.head_dim, section.head_dim, n)
 
 
 def _rows_columns(layout: Layout, shape: Sequence[int]) -> tuple[int, int]:

@@ -3,19 +3,20 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from impl.layout import Layout, Section, cut, matrices
+from impl.layout import Layout, matrices
 from impl.options import check_options, check_parameters, lr_scale
 from impl.orthogonalize import orthogonalize
 from impl.report import report
 from impl.schedules import Coefficients
-from impl.state import check_loadable, new_state, state_dtype
+from impl.stages import gradient, momentum, pieces, step_adamw
+from impl.state import new_state, state_dtype, whole
 
 
 class Muon(Optimizer):
@@ -129,13 +130,18 @@ class Muon(Optimizer):
                 raise RuntimeError("Muon does not support complex parameters; use torch.view_as_real on the weight")
             if p.grad.layout != torch.strided:
                 raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
+            kept = [value for key, value in self.state.get(p, {}).items() if key != "step"]
+            if any((value.shape, value.dtype, value.device) != (p.shape, state_dtype(p), p.device) for value in kept):
+                raise RuntimeError(
+                    f"a parameter is {p.dtype} {tuple(p.shape)} on {p.device} and was not when its state was made"
+                )
         return ready
 
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""
         for group in self.param_groups:
             for p in group["params"]:
-                if p not in self.state and (p.requires_grad or p.grad is not None):
+                if not self.state.get(p) and (p.requires_grad or p.grad is not None):
                     self.state[p] = new_state(group, p)
 
     def _orthogonalize(self, group: dict[str, Any], p: Tensor) -> list[Tensor]:
@@ -154,7 +160,8 @@ class Muon(Optimizer):
 
     def _apply(self, group: dict[str, Any], p: Tensor, O: list[Tensor]) -> None:
         """SCALE, DECAY and STEP: move p in the precision of its state and round once.   [SPEC: STEP-11]"""
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        # In float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr.
+        lr = group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
         W = p.to(state_dtype(p)).contiguous()
         updates = iter(O)
         for section, view in pieces(group, W):
@@ -170,11 +177,19 @@ class Muon(Optimizer):
             p.copy_(W)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with layouts as plain data.   [SPEC: STATE-3]"""
+        """As torch's, complete for every trainable parameter once there is any state, with options as plain data.
+
+        [SPEC: STATE-1, STATE-3]
+        """
+        if any(self.state.values()):
+            self._init_state()
         saved = super().state_dict()
-        for group in saved["param_groups"]:
-            if isinstance(group["layout"], Layout):
-                group["layout"] = asdict(group["layout"])
+        for group in saved.get("param_groups", ()):
+            for option, value in group.items():
+                if isinstance(value, Layout):
+                    group[option] = asdict(value)
+                elif isinstance(value, Real) and not isinstance(value, Integral):
+                    group[option] = float(value)  # a scheduler may have left a NumPy number
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,14 +197,30 @@ class Muon(Optimizer):
 
         Unlike torch's, which casts every state to the dtype of its parameter, this keeps a float32 momentum float32.
         """
-        check_loadable(self, state_dict)
-        super().load_state_dict(state_dict)
-        saved = (i for group in state_dict["param_groups"] for i in group["params"])
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"the state dict should be a dict with 'state' and 'param_groups' but is: {state_dict!r:.80}")
+        checked: dict[str, Any] = {}
+
+        def check(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            checked.update(whole(self, saved))
+            return checked
+
+        # Between the hooks of others: after those that may rewrite what is loaded, before those that may look at it.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(checked), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Put back the dtypes that torch's loading has cast away."""
+        ids = (i for group in saved["param_groups"] for i in group["params"])
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for key, value in saved["state"].get(i, {}).items():
                 dtype, device = (torch.float32, "cpu") if key == "step" else (state_dtype(p), p.device)
-                value = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
-                self.state[p][key] = value.to(device, dtype)
+                self.state[p][key] = torch.as_tensor(value).detach().to(device, dtype, copy=True).contiguous()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -199,37 +230,3 @@ class Muon(Optimizer):
                 group.setdefault(option, value)
             if group["layout"] is not None:
                 group["layout"] = Layout.of(group["layout"])
-
-
-def pieces(group: dict[str, Any], T: Tensor) -> list[tuple[Section, Tensor]]:
-    """The parts of a contiguous tensor of a parameter's shape that are stepped differently, as views."""
-    if group["algorithm"] == "adamw":
-        return [(Section(T.numel(), algorithm="adamw"), T)]
-    return cut(Layout.of(group["layout"]), T)
-
-
-def gradient(group: dict[str, Any], p: Tensor) -> Tensor:
-    """p's descent gradient in the dtype of its state, contiguous."""
-    assert p.grad is not None
-    G = p.grad.to(state_dtype(p)).contiguous()
-    return -G if group["maximize"] else G
-
-
-def momentum(M: Tensor, G: Tensor, beta: float, nesterov: bool) -> Tensor:
-    """Average G into M in place; return the direction U, which is M itself without `nesterov`.   [SPEC: MOM-1, MOM-2]"""
-    M.lerp_(G, 1 - beta)
-    return G.lerp(M, beta) if nesterov else M
-
-
-def step_adamw(group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor, lr: float | Tensor) -> None:
-    """Step the AdamW sections of W in place with torch's own AdamW.   [SPEC: STEP-8]"""
-    weights, gradients, exp_avg, exp_avg_sq = (
-        [view for section, view in pieces(group, T) if section.algorithm == "adamw"]
-        for T in (W, G, state["exp_avg"], state["exp_avg_sq"])
-    )
-    # torch counts a step for every tensor it is given; the sections of one parameter share one count.
-    steps = [state["step"].clone() for _ in weights]
-    beta1, beta2 = group["adamw_betas"]
-    options = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": group["weight_decay"], "eps": group["adamw_eps"]}
-    adamw(weights, gradients, exp_avg, exp_avg_sq, [], steps, foreach=False, amsgrad=False, maximize=False, **options)
-    state["step"].add_(1)

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,11 @@ from impl.layout import ALGORITHMS, Layout, check_layout
 from impl.schedules import schedule
 
 SCALES = (None, "original", "match_rms_adamw")
+# Every option of a group.
+OPTIONS = (
+    "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn",
+    "algorithm", "layout", "adamw_lr_ratio", "adamw_betas", "adamw_eps", "maximize",
+)  # fmt: skip
 
 
 def names(group: Mapping[str, Any], index: int) -> list[str]:
@@ -45,7 +51,8 @@ def check_options(group: Mapping[str, Any]) -> None:
         ("adamw_eps", group["adamw_eps"]),
         ("adamw_lr_ratio", group["adamw_lr_ratio"]),
     ):
-        if not isinstance(value, (int, float, Tensor)) or not 0.0 <= value < math.inf:
+        number = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+        if not number or not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{label} should be >= 0 but is: {value}")
     if not group["momentum"] < 1:
         raise ValueError(f"momentum should be < 1 but is: {group['momentum']}")
@@ -56,7 +63,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     if group["algorithm"] not in ALGORITHMS:
         raise ValueError(f"algorithm should be one of {ALGORITHMS} but is: {group['algorithm']!r}")
     betas = group["adamw_betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"adamw_betas should be two numbers in [0, 1) but is: {betas}")
     for flag in ("nesterov", "maximize"):
         if not isinstance(group[flag], bool):
@@ -68,6 +76,8 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 def check_parameters(group: Mapping[str, Any], index: int) -> None:
     """Raise ValueError if a parameter of group number `index` cannot be stepped with its algorithm and layout."""
+    if len({id(p) for p in group["params"]}) != len(group["params"]):
+        raise ValueError(f"group {index} holds a parameter twice and would step it twice: {names(group, index)}")
     for name, p in zip(names(group, index), group["params"], strict=True):
         if not (p.is_floating_point() or p.is_complex()):
             raise ValueError(f"parameter {name} should be floating point but is {p.dtype}")

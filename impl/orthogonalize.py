@@ -54,7 +54,7 @@ def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:
         norm = torch.stack([torch.linalg.vector_norm(A) for A in gram]).sqrt()
     else:
         norm = torch.stack([torch.linalg.vector_norm(x) for x in alone])
-    norm = (norm * plan.margin).maximum((eps * lift * factor).flatten()) if eps else norm * plan.margin
+    norm = (norm.maximum((eps * lift * factor).flatten()) if eps else norm) * plan.margin
     # A norm of NaN stays NaN, and with it the matrix: it must not come out as a harmless zero.
     k = torch.where(norm == 0, norm, 1 / norm)
     done = [_iterate(x * k, A * (k * k), plan.coefficients) for x, A, k in zip(alone, gram, k, strict=True)]

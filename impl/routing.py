@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from impl.layout import Layout, check_layout
+from impl.options import OPTIONS
 
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+NORM = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 ADVICE = (
     "say what it is: overrides={{'{0}': {{'algorithm': 'adamw'}}}} or {{'layout': Layout(...)}}, or set the attribute "
@@ -64,11 +66,14 @@ def param_groups(
     groups: dict[Any, dict[str, Any]] = {}
     for key, names in aliases.items():
         p, options = parameters[key], dict(chosen.get(names[0], {}))
+        if not p.requires_grad:
+            continue
         route = _override(options) or _route(names, p, [_owner(model, n) for n in names], key in heads, experts)
         if route.layout is not None:
             check_layout(route.layout, p.shape, names[0])
         group = {"algorithm": route.algorithm, "layout": route.layout, "rule": route.rule, **options}
-        same = groups.setdefault(tuple((k, repr(v)) for k, v in group.items()), {"params": [], **group})
+        like = tuple((k, id(v) if isinstance(v, Tensor) else repr(v)) for k, v in group.items())
+        same = groups.setdefault(like, {"params": [], **group})
         same["params"].append((names[0], p))
     if not any(group["algorithm"] == "muon" for group in groups.values()):
         raise ValueError(f"nothing in this model would be orthogonalized; its parameters are {_first_names(aliases)}")
@@ -79,11 +84,11 @@ def num_experts(model: nn.Module) -> int | None:
     """The number of experts that the model's config declares, or None.   [SPEC: ROUTE-4]"""
     config = getattr(model, "config", None)
     found = {}
-    for where in (config, _get(config, "text_config")):
+    for prefix, where in (("", config), ("text_config.", _get(config, "text_config"))):
         for key in COUNTS:
             count = _get(where, key)
             if isinstance(count, int) and not isinstance(count, bool) and count > 0:
-                found[key] = count
+                found[prefix + key] = count
     if len(set(found.values())) > 1:
         raise ValueError(f"the model's config contradicts itself about the number of experts: {found}")
     return next(iter(found.values()), None)
@@ -94,13 +99,14 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _parameters(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
-    """All names of every trainable parameter, and the parameters, by identity, in the model's order."""
+    """All names of every parameter, and the parameters, by identity, in the model's order."""
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad:
-            aliases.setdefault(id(p), []).append(name)
-            parameters[id(p)] = p
+        if isinstance(p, nn.UninitializedParameter):
+            raise ValueError(f"parameter {name} has no shape yet; run the model once before routing it")
+        aliases.setdefault(id(p), []).append(name)
+        parameters[id(p)] = p
     return aliases, parameters
 
 
@@ -113,6 +119,8 @@ def _match(overrides: Mapping[str, Mapping[str, Any]], aliases: Mapping[int, lis
     chosen: dict[str, Mapping[str, Any]] = {}
     by: dict[str, str] = {}
     for pattern, options in overrides.items():
+        if unknown := options.keys() - set(OPTIONS):
+            raise ValueError(f"override {pattern!r} has options {sorted(unknown)} that a group does not have: {OPTIONS}")
         for key in _matches(pattern, aliases, "override"):
             name = aliases[key][0]
             if name in by:
@@ -139,20 +147,22 @@ def _heads(model: nn.Module, aliases: Mapping[int, list[str]], head: str | Seque
         return {id(p) for p in output.parameters()}
     sizes = {module.num_embeddings for module in model.modules() if isinstance(module, EMBEDDING)}
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    heads = {id(module.weight) for module in linear if module.out_features in sizes}
-    if sizes and not heads:
+    candidates = {id(module.weight): module.out_features for module in linear if module.out_features in sizes}
+    # One weight, and of the largest embedding, which is the vocabulary: anything else would be a guess.
+    if sizes and list(candidates.values()) != [max(sizes)]:
+        names = [aliases[key][0] for key in candidates]
         raise ValueError(
-            f"no output head was recognised: no Linear has as many outputs as an embedding has entries {sorted(sizes)}; say "
+            f"no output head was recognised: embeddings have {sorted(sizes)} entries and as many outputs have {names}; say "
             "head='name.weight', or head=() if the model has none"
         )
-    return heads
+    return set(candidates)
 
 
 def _matches(pattern: str, aliases: Mapping[int, list[str]], what: str) -> list[int]:
     """The parameters, by identity, that have a name of this pattern; at least one."""
     found = [key for key, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)]
     if not found:
-        raise ValueError(f"{what} {pattern!r} matches no trainable parameter; there are {_first_names(aliases)}")
+        raise ValueError(f"{what} {pattern!r} matches no parameter; there are {_first_names(aliases)}")
     return found
 
 
@@ -163,7 +173,7 @@ def _first_names(aliases: Mapping[int, list[str]]) -> list[str]:
 def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, experts: int | None) -> Route:
     """The first rule that knows the parameter. A tied parameter has several owners, and the strictest decides."""
     for tag, value in (("skip_orthogonalization", True), ("is_embedding_or_output_parameter", True), ("use_muon", False)):
-        if getattr(p, tag, None) is value:
+        if getattr(p, tag, None) is not None and bool(getattr(p, tag)) is value:
             return Route(f"{tag}={value}", "adamw")
     if any(isinstance(owner, EMBEDDING) for owner in owners):
         return Route("embedding", "adamw")
@@ -171,26 +181,35 @@ def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, 
         return Route("output head", "adamw")
     if p.ndim < 2:
         return Route("vector", "adamw")
+    if any(isinstance(owner, NORM) for owner in owners):
+        return Route("norm", "adamw")
+    if any(isinstance(owner, CONVOLUTION) and 1 < owner.groups == owner.in_channels for owner in owners):
+        return Route("depthwise", "adamw")
     layout = getattr(p, "muon_layout", None)
     if layout is not None:
         return Route("muon_layout", "muon", Layout.of(layout))
-    owner = owners[0]
-    if isinstance(owner, CONVOLUTION):
-        if 1 < owner.groups == owner.in_channels:
-            return Route("depthwise", "adamw")
-        return Route("convolution", "muon", Layout(blocks=owner.groups, flatten=True))
-    if isinstance(owner, nn.MultiheadAttention) and p is owner.in_proj_weight:
-        return Route("fused q, k, v", "muon", Layout(blocks=3))
-    return _route_matrix(names[0], p, owner, experts)
+    routes = {_route_matrix(name, p, owner, experts) for name, owner in zip(names, owners, strict=True)}
+    if len(routes) > 1:
+        raise ValueError(f"parameter {names} is tied and has several meanings; {ADVICE.format(names[0])}")
+    return routes.pop()
 
 
 def _route_matrix(name: str, p: Tensor, owner: nn.Module, experts: int | None) -> Route:
+    """The rule for a parameter of two dimensions and more that one owner's kind decides."""
     count = getattr(p, "num_experts", None)
     if count is not None:
         return Route(f"num_experts={count}", "muon", Layout(blocks=count))
-    if experts is not None and p.ndim == 3 and experts == p.shape[0]:
-        return Route(f"config: {experts} experts", "muon", Layout(blocks=experts))
-    if p.ndim == 2 and (isinstance(owner, (nn.Linear, nn.MultiheadAttention)) or getattr(p, "use_muon", None) is True):
+    if isinstance(owner, CONVOLUTION):
+        return Route("convolution", "muon", Layout(blocks=owner.groups, flatten=True))
+    if isinstance(owner, nn.MultiheadAttention):
+        if p.ndim > 2:  # bias_k, bias_v: vectors in a tensor's clothes
+            return Route("vector", "adamw")
+        fused = p is owner.in_proj_weight
+        return Route("fused q, k, v", "muon", Layout(blocks=3)) if fused else Route("matrix", "muon")
+    if p.ndim == 2 and (isinstance(owner, nn.Linear) or getattr(p, "use_muon", None)):
         return Route("matrix", "muon")
+    torchs = type(owner).__module__.startswith("torch.nn.")
+    if experts is not None and p.ndim == 3 and experts == p.shape[0] and not torchs:
+        return Route(f"config: {experts} experts", "muon", Layout(blocks=experts))
     shape = tuple(p.shape)
     raise ValueError(f"parameter {name} {shape} of {type(owner).__name__} is not recognised; {ADVICE.format(name)}")

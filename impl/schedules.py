@@ -107,16 +107,18 @@ def schedule(ns_coefficients: Coefficients, ns_steps: int) -> Schedule:
         ValueError: no such name, a number of steps that the schedule does not have, or a composition that can
             reverse a direction, shrink one or overshoot; the message holds the numbers.
     """
+    if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or ns_steps < 1:
+        raise ValueError(f"ns_steps should be an integer >= 1 but is: {ns_steps!r}")
     if isinstance(ns_coefficients, str):
         return _build(ns_coefficients, ns_steps)
+    if not isinstance(ns_coefficients, Sequence) or not ns_coefficients:
+        raise ValueError(f"ns_coefficients should be a name, a quintic (a, b, c) or quintics, but is: {ns_coefficients!r}")
     # A saved optimizer may hold lists; the cache wants tuples.
     return _build(tuple(tuple(q) if isinstance(q, Sequence) else q for q in ns_coefficients), ns_steps)
 
 
 @lru_cache
 def _build(ns_coefficients: str | tuple, ns_steps: int) -> Schedule:
-    if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or ns_steps < 1:
-        raise ValueError(f"ns_steps should be an integer >= 1 but is: {ns_steps!r}")
     if ns_steps >= 100:
         raise ValueError(f"Number of steps must be less than 100 for computational efficiency, found ns_steps={ns_steps}")
     if isinstance(ns_coefficients, str):

@@ -27,33 +27,50 @@ def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
 def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
     """A parameter's state before its first step: zeros of its shape, and a float32 count on the CPU for AdamW."""
     return {
-        key: torch.tensor(0.0) if key == "step" else torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
+        key: torch.zeros((), dtype=torch.float32, device="cpu")
+        if key == "step"
+        else torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
         for key in state_keys(group)
     }
 
 
-def check_loadable(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the entry, unless `saved` is a whole state of this optimizer.   [SPEC: STATE-4]"""
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        raise ValueError("the state dict should have the entries 'state' and 'param_groups'")
-    groups, ours = saved["param_groups"], optimizer.param_groups
-    if len(groups) != len(ours):
-        raise ValueError(f"the state dict has {len(groups)} parameter groups but the optimizer has {len(ours)}")
+def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
+    """`saved` with our options where a group of it has none, or ValueError naming what is wrong with it.   [SPEC: STATE-4]
+
+    An option may be missing because the state is torch.optim.Muon's, or older than the option.
+    """
+    try:
+        groups = [
+            {**{k: v for k, v in our.items() if k not in ("params", "param_names")}, **group}
+            for group, our in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        complete = {**saved, "param_groups": groups}
+        _check(optimizer, complete)
+        return complete
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the state dict is not that of an optimizer, with 'state' and 'param_groups': {error!r}") from error
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise ValueError("the state dict has another number of parameter groups, or of names, than the optimizer") from error
+
+
+def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     known: set[Any] = set()
-    for index, (group, our) in enumerate(zip(groups, ours, strict=True)):
+    for index, (group, our) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):
         if len(group["params"]) != len(our["params"]):
             raise ValueError(
                 f"group {index} of the state dict has {len(group['params'])} parameters but the optimizer's has "
                 f"{len(our['params'])}"
             )
         known.update(group["params"])
-        _check_group(index, {**our, **group}, our)
+        _check_group(index, group, our)
         label = names({**our, "param_names": our.get("param_names") or group.get("param_names")}, index)
         for name, i, p in zip(label, group["params"], our["params"], strict=True):
             if saved["state"]:
                 _check_entry(name, saved["state"].get(i), state_keys(our), p)
     if extra := saved["state"].keys() - known:
-        raise ValueError(f"the state dict holds state for parameters {sorted(extra)} that none of its groups has")
+        raise ValueError(f"the state dict holds state for parameters {sorted(map(str, extra))} that none of its groups has")
 
 
 def _check_group(index: int, group: Mapping[str, Any], our: Mapping[str, Any]) -> None:
@@ -61,8 +78,6 @@ def _check_group(index: int, group: Mapping[str, Any], our: Mapping[str, Any]) -
     if theirs and mine and theirs != mine:
         wrong = [f"{b!r} where the optimizer has {a!r}" for a, b in zip(mine, theirs, strict=True) if a != b]
         raise ValueError(f"group {index} of the state dict names its parameters otherwise: {', '.join(wrong)}")
-    if unknown := [option for option in our if option not in group]:
-        raise ValueError(f"group {index} of the state dict lacks the options {unknown}")
     check_options(group)
     if (group["algorithm"], Layout.of(group["layout"])) != (our["algorithm"], Layout.of(our["layout"])):
         raise ValueError(
@@ -91,5 +106,5 @@ def _check_entry(name: str, entry: Mapping[str, Any] | None, expected: tuple[str
         # A wider dtype than ours would lose bits, an integer is no momentum at all.
         if not value.is_floating_point() or torch.promote_types(value.dtype, state_dtype(p)) != state_dtype(p):
             raise ValueError(f"{where} should be {state_dtype(p)} or narrower but is: {value.dtype}")
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{where} is not finite; it would poison the weights at the first step")
+        if not bool(value.isfinite().all()) or (key == "exp_avg_sq" and bool((value < 0).any())):
+            raise ValueError(f"{where} is not finite or an average of squares is negative; it would poison the weights")

@@ -5,92 +5,74 @@ import csv
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.compare import loss_at, table
+from examples.compare import table
 from examples.data import CONTEXT, Corpus, draw, in_order, unigram_entropy
 from examples.model import HybridLM, MixtureOfExperts, gated_delta_rule, swiglu
 from examples.run import Run, warmup_then_linear
 from examples.train import main
 
 TEXT = "".join(f"{i} times {i} is {i * i}, and that is all. " for i in range(200))
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The matrices here are too small for a second thread, which on a busy machine costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a short text in it."""
+    """A working directory with a short text in it, and one thread, which is what the command sets."""
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
 
 
 def start_command(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "examples.train", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return Popen(command, cwd=folder, env=env, text=True, stdout=PIPE, stderr=PIPE)
 
 
-def same_bits(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
-
-
-def without_seconds(metrics):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in metrics]
+def bits(state):
+    """The same nest of containers with each tensor as its dtype and bytes, which == can compare."""
+    if isinstance(state, dict):
+        return {key: bits(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [bits(value) for value in state]
+    return (state.dtype, state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state
 
 
 def assert_same_run(a, b):
     """Two checkpoints agree in every bit but the time it took."""
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
-    assert without_seconds(a.pop("metrics")) == without_seconds(b.pop("metrics"))
-    assert a.keys() == b.keys() >= {"model", "optimizer", "scheduler", "sampler", "options"}
+    for row in a["metrics"] + b["metrics"]:
+        del row["seconds"]
+    assert a.keys() == b.keys() >= {"model", "optimizer", "scheduler", "sampler", "metrics", "options"}
     for part in a:
-        assert same_bits(a[part], b[part]), part
-
-
-# ---- model -----------------------------------------------------------------------------------------------------------
+        assert bits(a[part]) == bits(b[part]), part
 
 
 def test_gated_delta_rule_is_the_recurrence():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 17, 5, dtype=torch.float64)
     beta, log_alpha = torch.rand(2, 17, dtype=torch.float64), -3 * torch.rand(2, 17, dtype=torch.float64)
+    log_alpha[:, 9] = -1e4  # forgets everything; above the diagonal, the exponential of the difference is infinite
     S, expected = torch.zeros(2, 5, 5, dtype=torch.float64), []
     for t in range(17):
         S = log_alpha[:, t, None, None].exp() * S
         u = beta[:, t, None, None] * (v[:, t, :, None] - S @ k[:, t, :, None])
         S = S + u * k[:, t, None, :]
         expected.append((S @ q[:, t, :, None]).squeeze(-1))
-    torch.testing.assert_close(gated_delta_rule(q, k, v, beta, log_alpha), torch.stack(expected, 1))
-
-
-def test_gated_delta_rule_has_finite_gradients_when_it_forgets_everything():
-    q, k, v = torch.ones(3, 8, 4)
-    log_alpha = torch.full((8,), -1e4, requires_grad=True)
-    gated_delta_rule(q, k, v, torch.ones(8), log_alpha).sum().backward()
+    o = gated_delta_rule(q, k, v, beta, log_alpha.requires_grad_())
+    torch.testing.assert_close(o, torch.stack(expected, 1))
+    o.sum().backward()
     assert log_alpha.grad.isfinite().all()
 
 
@@ -119,9 +101,6 @@ def test_a_future_token_does_not_change_past_logits():
     assert ((before - after)[:, 40:].abs().amax(-1) > 1e-4).all(), "every later position can see the change"
 
 
-# ---- data and schedule -----------------------------------------------------------------------------------------------
-
-
 def test_unigram_entropy():
     assert unigram_entropy(torch.tensor([0, 1, 0, 0])) == pytest.approx(math.log(4) - 0.75 * math.log(3))
     assert unigram_entropy(torch.tensor([5, 5, 5])) == 0
@@ -145,9 +124,6 @@ def test_learning_rate_rises_then_falls_to_almost_zero():
     assert warmup_then_linear(0, steps=1) == 1
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(optimizer, folder):
     def new():
@@ -163,7 +139,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(optimizer, folder):
             run = Run.load(folder / name)
         assert run.finished
     assert_same_run(folder / "straight", folder / "resumed")
-    assert not same_bits(run.model.state_dict(), new().model.state_dict()), "the steps did something"
+    assert not torch.equal(run.model.lm_head.weight, new().model.lm_head.weight), "the steps did something"
 
 
 def test_a_run_learns_and_leaves_its_files(folder, capsys):
@@ -172,15 +148,13 @@ def test_a_run_learns_and_leaves_its_files(folder, capsys):
     rows = list(csv.DictReader((directory / "metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
     assert float(rows[-1]["val_loss"]) < float(rows[0]["train_loss"]) - 0.5
-    assert float(rows[0]["seconds"]) < float(rows[-1]["seconds"])
     assert "blocks.0.experts.w13" in (directory / "routing.txt").read_text()
-    for picture in ("loss.png", "singular_values.png"):
-        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
-    assert not (directory / "checkpoint.tmp").exists()
+    files = {"checkpoint.pt", "metrics.csv", "routing.txt", "loss.png", "singular_values.png"}
+    assert {path.name for path in directory.iterdir()} == files
+    assert all((directory / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith(".png"))
     printed = capsys.readouterr().out
-    entropy = unigram_entropy(Corpus.from_text(TEXT).validation)
-    for part in (f"{float(rows[-1]['val_loss']):.4f}", f"{entropy:.4f}", "runs/short", "singular_values.png"):
-        assert part in printed
+    losses = float(rows[-1]["val_loss"]), unigram_entropy(Corpus.from_text(TEXT).validation)
+    assert all(part in printed for part in [*map("{:.4f}".format, losses), "runs/short", "loss.png", "singular_values.png"])
 
 
 def test_ctrl_c_then_resume_on_the_command_line(folder):
@@ -192,10 +166,8 @@ def test_ctrl_c_then_resume_on_the_command_line(folder):
         seen += stopped.stderr.read(1)
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate()
-    assert stopped.returncode == 130 and "Traceback" not in err, err
-    assert "--resume runs/stopped" in out
-    taken = len(torch.load(folder / "runs/stopped/checkpoint.pt", weights_only=True)["metrics"])
-    assert 0 < taken < 10
+    assert stopped.returncode == 130 and "--resume runs/stopped" in out and "Traceback" not in err, err
+    assert 0 < len(torch.load(folder / "runs/stopped/checkpoint.pt")["metrics"]) < 10
 
     resumed = start_command(folder, "--resume", "stopped")
     for process in (straight, resumed):
@@ -204,12 +176,11 @@ def test_ctrl_c_then_resume_on_the_command_line(folder):
     assert_same_run(folder / "runs/straight", folder / "runs/stopped")
 
 
-def test_comparison(folder, capsys):
+def test_comparison(folder):
     assert main(["--compare", "--steps", "2", "--data", "text.txt"]) == 0
     lines = (folder / "runs/compare/table.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines[1:7]] == ["muon"] * 3 + ["adamw"] * 3
     assert (folder / "runs/compare/comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert lines[0] in capsys.readouterr().out
 
 
 def test_the_table_compares_at_equal_time_and_flags_a_best_at_the_edge():
@@ -218,64 +189,45 @@ def test_the_table_compares_at_equal_time_and_flags_a_best_at_the_edge():
         return SimpleNamespace(options={"optimizer": optimizer, "lr": lr}, metrics=rows, steps=2, unigram_entropy=3.0)
 
     slow, fast = run("muon", 0.03, 10, [4.0, 1.0]), run("adamw", 0.004, 8, [3.0, 2.0])
-    assert loss_at(slow, 16) == pytest.approx(2.2) and loss_at(fast, 16) == 2.0
     runs = [slow, run("muon", 0.01, 10, [4.0, 1.5]), fast, run("adamw", 0.008, 8, [4.0, 2.5])]
     lines = table(runs, common=16.0).splitlines()
     assert lines[1].split() == ["muon", "0.03", "20.0", "1.0000", "2.2000"]
-    assert lines[5] == "best of muon: 1.0000 at lr 0.03"
-    assert lines[6] == "best of adamw: 2.0000 at lr 0.004 (at an end of its grid)"
+    assert lines[5].endswith("at lr 0.03") and lines[6].endswith("at lr 0.004 (at an end of its grid)")
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-MISTAKES = {
-    "--steps 0": "positive integer",
-    "--steps many": "positive integer",
-    "--lr -0.1": "positive number",
-    "--lr nan": "positive number",
-    "--lr inf": "positive number",
-    "--seed -1": "integer from 0",
-    "--seed 99999999999999999999": "integer from 0",
-    "--optimizer sgd": "sgd",
-    "--bogus": "--bogus",
-    "--device abacus": "abacus",
-    "--device cuda:99": "cuda",
-    "--device meta": "meta",
-    "--data missing.txt": "no such file",
-    "--data .": "not a regular file",
-    "--data binary": "not UTF-8",
-    "--data zeros": "binary",
-    "--data short.txt": "characters",
-    "--data empty.txt": "characters",
-    "--name ../elsewhere": "plain name",
-    "--name occupied --data text.txt": "occupied",
-    "--resume nowhere": "no checkpoint",
-    "--resume damaged": "damaged",
-    "--resume foreign": "damaged",
-    "--resume damaged --steps 3": "--steps",
-    "--compare --lr 0.1": "--lr",
-    "--data text.txt --steps 40 --lr 1e30": "--lr",
+BAD_FILES = {
+    "binary": b"\x80\xff" * 1000,
+    "short.txt": b"too short",
+    "damaged/checkpoint.pt": b"PK not really",
+    "runs/occupied": b"a file where the directory should go",
+}
+MISTAKES = {  # what the message says, and the command lines that earn it
+    "not a positive integer": ("--steps 0", "--steps many"),
+    "not a positive number": ("--lr -0.1", "--lr nan", "--lr inf"),
+    "not an integer from 0": ("--seed -1", "--seed 99999999999999999999"),
+    "no device that": ("--device abacus", "--device cuda:99", "--device meta"),
+    "try an --lr below": ("--data text.txt --steps 40 --lr 1e30",),
+    "no such file": ("--data missing.txt",),
+    "not a regular file": ("--data .",),
+    "not UTF-8": ("--data binary",),
+    "at least 650 are needed": ("--data short.txt",),
+    "not a plain name": ("--name ../elsewhere", "--name ..", "--name /"),
+    "File exists": ("--name occupied --data text.txt",),
+    "no checkpoint.pt": ("--resume nowhere", "--resume ."),
+    "is damaged": ("--resume damaged",),
+    "cannot be combined": ("--resume damaged --steps 3", "--compare --lr 0.1"),
 }
 
 
-@pytest.mark.parametrize("arguments", MISTAKES)
-def test_a_mistake_is_one_line(arguments, folder, capsys):
-    (folder / "binary").write_bytes(b"\x80\xff" * 1000)
-    (folder / "zeros").write_bytes(b"\0" * 5000)
-    (folder / "short.txt").write_text("too short")
-    (folder / "empty.txt").write_text("")
-    for name, content in (("damaged", b"PK not really"), ("foreign", None)):
-        (folder / name).mkdir()
-        if content is None:
-            torch.save({"weights": torch.zeros(3)}, folder / name / "checkpoint.pt")
-        else:
-            (folder / name / "checkpoint.pt").write_bytes(content)
-    (folder / "runs").mkdir()
-    (folder / "runs" / "occupied").write_text("a file where the directory should go")
+@pytest.mark.parametrize(("message", "arguments"), [(m, a) for m, commands in MISTAKES.items() for a in commands])
+def test_a_mistake_is_one_line(message, arguments, folder, capsys):
+    for name, content in BAD_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     assert main(arguments.split()) == 2
-    *progress, message = capsys.readouterr().err.splitlines()
+    *progress, line = capsys.readouterr().err.splitlines()
     assert not progress or "1e30" in arguments, "nothing but the message, except where training had begun"
-    assert message.startswith("error: ") and MISTAKES[arguments] in message
+    assert line.startswith("error: ") and message in line
 
 
 def test_a_mistake_on_the_real_command_line(folder):
@@ -285,9 +237,14 @@ def test_a_mistake_on_the_real_command_line(folder):
     assert len(err.splitlines()) == 1 and err.startswith("error: --device cuda:99: "), err
 
 
-def test_resuming_with_a_changed_text_is_refused(folder, capsys):
-    run = Run(optimizer="muon", lr=0.01, steps=2, seed=0, device="cpu", data="text.txt")
-    run.save(folder)
+def test_resuming_from_something_else_is_refused(folder, capsys):
+    Run(optimizer="muon", lr=0.01, steps=2, seed=0, device="cpu", data="text.txt").save(folder)
     (folder / "text.txt").write_text(TEXT + "More.")
     assert main(["--resume", str(folder)]) == 2
     assert "the text has changed" in capsys.readouterr().err
+    state = torch.load(folder / "checkpoint.pt")
+    del state["model"]["norm.weight"]
+    (folder / "text.txt").write_text(TEXT)
+    torch.save(state, folder / "checkpoint.pt")
+    assert main(["--resume", str(folder)]) == 2
+    assert "is damaged" in capsys.readouterr().err

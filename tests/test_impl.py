@@ -2,6 +2,7 @@
 """What only the inside of impl shows, and how it fits into torch; SPEC.md's clauses are tested in conformance/."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -157,3 +158,86 @@ def test_parameters_with_other_strides_step_alike():
         Muon([p], layout=Layout(flatten=True)).step()
         results.append(p.detach().contiguous())
     assert torch.equal(*results)
+
+
+def test_defaults_are_torchs_but_for_what_the_readme_says():
+    def defaults(function):
+        return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+    torchs, mine = defaults(torch.optim.Muon), defaults(Muon)
+    changed = {"ns_coefficients": "polar_express_s4", "eps": 0.0}
+    added = {"algorithm": "muon", "layout": None, "adamw_lr_ratio": 1.0, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8}
+    assert mine == torchs | changed | added | {"maximize": False}
+    assert defaults(orthogonalize) == {"ns_coefficients": "polar_express_s4", "ns_steps": 5, "eps": 0.0}
+
+
+def test_options_of_a_group_survive_a_checkpoint_that_lacks_them():
+    p, q = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
+    theirs = torch.optim.Muon([p])
+    p.grad = torch.ones(4, 6)
+    theirs.step()
+    mine = Muon([{"params": [q], "layout": Layout(blocks=2), "adamw_betas": (0.5, 0.6), "maximize": True}])
+    mine.load_state_dict(theirs.state_dict())
+    group = mine.param_groups[0]
+    assert (group["layout"], group["adamw_betas"], group["maximize"]) == (Layout(blocks=2), (0.5, 0.6), True)
+
+
+def test_load_hooks_see_and_change_what_is_loaded():
+    p = nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+    optimizer = Muon([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    seen = []
+
+    def sevens(_, saved):
+        return {**saved, "state": {0: {"momentum_buffer": torch.full((4, 6), 7.0)}}}
+
+    optimizer.register_load_state_dict_pre_hook(sevens)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["momentum_buffer"].dtype))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.float32]
+    assert (optimizer.state[p]["momentum_buffer"] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "broken", [None, [], {}, {"state": {}, "param_groups": [3]}, {"state": None, "param_groups": None}], ids=str
+)
+def test_what_is_no_state_dict_is_refused_with_a_value_error(broken):
+    with pytest.raises(ValueError, match="state"):
+        Muon([nn.Parameter(torch.ones(4, 6))]).load_state_dict(broken)
+
+
+def test_a_parameter_given_twice_is_refused():
+    p = nn.Parameter(torch.ones(4, 6))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="twice"):
+        Muon([p, p])
+
+
+def test_a_parameter_that_changed_its_dtype_is_refused_before_anything_moves():
+    first, second = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([first, second])
+    first.grad, second.grad = torch.ones(4, 6), torch.ones(4, 6)
+    optimizer.step()
+    second.data, second.grad = second.data.double(), None
+    second.grad = torch.ones(4, 6, dtype=torch.float64)
+    before = first.detach().clone()
+    with pytest.raises(RuntimeError, match="float64"):
+        optimizer.step()
+    assert torch.equal(first, before)
+
+
+def test_overrides_options_reach_the_group():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lr = torch.tensor(0.5), torch.tensor(0.5)
+    groups = param_groups(model, overrides={"0.weight": {"lr": lr[0]}, "1.weight": {"lr": lr[1], "momentum": 0.5}})
+    found = {name: group for group in groups for name, _ in group["params"]}
+    assert found["0.weight"]["lr"] is lr[0]
+    assert found["1.weight"]["lr"] is lr[1]
+    assert found["1.weight"]["momentum"] == 0.5
+
+
+def test_a_tensor_learning_rate_of_low_precision_still_decays():
+    p = nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.zeros(4, 6)
+    Muon([p], lr=torch.tensor(1e-3, dtype=torch.bfloat16), weight_decay=0.1).step()
+    assert ((p < 1 - 0.9e-4) & (p > 1 - 1.1e-4)).all()
