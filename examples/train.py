@@ -96,7 +96,8 @@ def train(run: Run, directory: Path) -> None:
     """Step until the run is finished or Ctrl-C is pressed, with checkpoints in `directory`, one of them at the end."""
     done, total = len(run.metrics) * TOKENS, run.steps * TOKENS
     val_loss = ""
-    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, unit="tok", unit_scale=True) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines; a log file needs few
+    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, unit="tok", unit_scale=True, mininterval=pause) as bar:
         while not (run.finished or stop):
             row = run.advance()
             if row["val_loss"] is not None:
