@@ -32,6 +32,24 @@ def test_is_an_exponential_average(target: Target, device, nesterov, dtype, shap
     accept.close(actual=buffer, expected=M, dtype=buffer.dtype)
 
 
+@pytest.mark.clause("MOM-1")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@given(shape=shapes, seed=seeds, beta=betas)
+def test_average_of_huge_gradients(target: Target, device, dtype, shape, seed, beta):
+    huge = torch.sign(tensor(shape, seed, torch.float64)).to(dtype) * (0.9 * torch.finfo(dtype).max)
+    (p,), optimizer = run(
+        target, [tensor(shape, seed, dtype)], [[huge], [-huge], [huge]], replace(HYPER, momentum=beta), device
+    )
+    M = torch.zeros(shape, dtype=torch.float64)
+    for G in (huge, -huge, huge):
+        M, _ = reference.momentum(M, G, beta, True)
+    buffer = target.momentum_buffer(optimizer, p)
+    accept.finite(actual=buffer)
+    accept.finite(actual=p.detach())
+    unit = M.abs().max()  # since the sum of squares in the predicate has a range too
+    accept.close(actual=buffer.cpu().double() / unit, expected=M / unit, dtype=buffer.dtype)
+
+
 @pytest.mark.clause("MOM-2")
 @pytest.mark.parametrize("nesterov", [True, False])
 @given(shape=shapes, seed=seeds, beta=betas)

@@ -26,8 +26,10 @@ def gradient(group: dict[str, Any], p: Tensor) -> Tensor:
 
 def momentum(M: Tensor, G: Tensor, beta: float, nesterov: bool) -> Tensor:
     """Average G into M in place; return the direction U, which is M itself without `nesterov`.   [SPEC: MOM-1, MOM-2]"""
-    M.lerp_(G, 1 - beta)
-    return G.lerp(M, beta) if nesterov else M
+    # Not lerp, whose difference of M and G overflows where both are huge and of opposite sign.
+    new = G * (1 - beta)
+    M.mul_(beta).add_(new)
+    return new.add_(M * beta) if nesterov else M
 
 
 def step_adamw(group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor, lr: float | Tensor) -> None:
