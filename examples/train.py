@@ -97,7 +97,8 @@ def train(run: Run, directory: Path) -> None:
     done, total = len(run.metrics) * TOKENS, run.steps * TOKENS
     val_loss = ""
     pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines; a log file needs few
-    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, unit="tok", unit_scale=True, mininterval=pause) as bar:
+    style = {"desc": f"step {len(run.metrics)}/{run.steps}", "unit": "tok", "unit_scale": True, "mininterval": pause}
+    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, **style) as bar:
         while not (run.finished or stop):
             row = run.advance()
             if row["val_loss"] is not None:
