@@ -97,14 +97,15 @@ def train(run: Run, directory: Path) -> None:
     done, total = len(run.metrics) * TOKENS, run.steps * TOKENS
     val_loss = ""
     pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines; a log file needs few
-    style = {"desc": f"step {len(run.metrics)}/{run.steps}", "unit": "tok", "unit_scale": True, "mininterval": pause}
+    style = {"unit": "tok", "unit_scale": True, "mininterval": pause}
+    first = len(run.metrics) + 1
     with ctrl_c_noted() as stop, tqdm(initial=done, total=total, **style) as bar:
         while not (run.finished or stop):
             row = run.advance()
             if row["val_loss"] is not None:
                 val_loss = f", val {row['val_loss']:.3f}"
-            bar.set_description_str(f"step {row['step']}/{run.steps}", refresh=False)
             bar.set_postfix_str(f"loss {row['train_loss']:.3f}{val_loss}", refresh=False)
+            bar.set_description_str(f"step {row['step']}/{run.steps}", refresh=row["step"] == first)
             bar.update(TOKENS)
             if row["step"] % SAVE_EVERY == 0:
                 run.save(directory)
