@@ -16,7 +16,7 @@ from impl.orthogonalize import orthogonalize
 from impl.report import report
 from impl.schedules import Coefficients
 from impl.stages import gradient, momentum, pieces, step_adamw
-from impl.state import new_state, state_dtype, whole
+from impl.state import new_state, placement, state_dtype, whole
 
 
 class Muon(Optimizer):
@@ -219,7 +219,7 @@ class Muon(Optimizer):
         ids = (i for group in saved["param_groups"] for i in group["params"])
         for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             for key, value in saved["state"].get(i, {}).items():
-                dtype, device = (torch.float32, "cpu") if key == "step" else (state_dtype(p), p.device)
+                dtype, device = placement(key, p)
                 self.state[p][key] = torch.as_tensor(value).detach().to(device, dtype, copy=True).contiguous()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def param_groups(
     Args:
         model: any module. A weight of a module that torch does not ship needs a tag, a layout or an override.
         head: name pattern(s) of the output head's weights; () if the model has none; None to find it: HuggingFace's
-            `get_output_embeddings()`, or a Linear with as many outputs as an Embedding has entries.
+            `get_output_embeddings()`, or the one Linear with as many outputs as the largest Embedding has entries.
         overrides: name pattern (as in a shell, * and ?) -> options of the group, such as {"algorithm": "adamw"},
             {"layout": Layout(blocks=8)}, {"lr": 1e-3}.
 

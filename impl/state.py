@@ -24,14 +24,18 @@ def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     return muon + (("exp_avg", "exp_avg_sq", "step") if "adamw" in taking_part else ())
 
 
+def placement(key: str, p: Tensor) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of an entry of p's state: a step count is float32 on the CPU, the rest goes with the parameter."""
+    return (torch.float32, torch.device("cpu")) if key == "step" else (state_dtype(p), p.device)
+
+
 def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """A parameter's state before its first step: zeros of its shape, and a float32 count on the CPU for AdamW."""
-    return {
-        key: torch.zeros((), dtype=torch.float32, device="cpu")
-        if key == "step"
-        else torch.zeros(p.shape, dtype=state_dtype(p), device=p.device)
-        for key in state_keys(group)
-    }
+    """A parameter's state before its first step: zeros, of its shape but for the step count."""
+    state = {}
+    for key in state_keys(group):
+        dtype, device = placement(key, p)
+        state[key] = torch.zeros(() if key == "step" else p.shape, dtype=dtype, device=device)
+    return state
 
 
 def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
@@ -39,20 +43,18 @@ def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
 
     An option may be missing because the state is torch.optim.Muon's, or older than the option.
     """
+    ours = optimizer.param_groups
     try:
-        groups = [
-            {**{k: v for k, v in our.items() if k not in ("params", "param_names")}, **group}
-            for group, our in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-        ]
+        groups = saved["param_groups"]
+        if len(groups) != len(ours):
+            raise ValueError(f"the state dict has {len(groups)} parameter groups but the optimizer has {len(ours)}")
+        options = [{k: v for k, v in our.items() if k not in ("params", "param_names")} for our in ours]
+        groups = [{**mine, **group} for mine, group in zip(options, groups, strict=True)]
         complete = {**saved, "param_groups": groups}
         _check(optimizer, complete)
         return complete
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the state dict is not that of an optimizer, with 'state' and 'param_groups': {error!r}") from error
-    except ValueError as error:
-        if "zip()" not in str(error):
-            raise
-        raise ValueError("the state dict has another number of parameter groups, or of names, than the optimizer") from error
 
 
 def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -63,6 +65,8 @@ def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 f"group {index} of the state dict has {len(group['params'])} parameters but the optimizer's has "
                 f"{len(our['params'])}"
             )
+        if len(group.get("param_names") or group["params"]) != len(group["params"]):
+            raise ValueError(f"group {index} of the state dict has another number of names than of parameters")
         known.update(group["params"])
         _check_group(index, group, our)
         label = names({**our, "param_names": our.get("param_names") or group.get("param_names")}, index)
