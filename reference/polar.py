@@ -19,7 +19,8 @@ def spectral_map(G, f):
     Each matrix is first multiplied by the power of two that brings its largest entry into [1/2, 1). That is exact
     (but for entries 2^-1000 times smaller than the largest) and keeps the whole range of float64 away from overflow.
     So f must not depend on scale, f(c s) = f(s) for c > 0, as where it divides s by a norm of s; and it must map 0
-    to 0, which makes the result unique where singular values are zero or repeated. A zero matrix gives zeros.
+    to 0, which makes the result unique where singular values are zero or repeated. A zero matrix gives zeros, one that
+    is not finite NaN.
 
     Args: G: (..., m, n).  f: array of the min(m, n) singular values, descending -> array of the same shape.
     Returns: (..., m, n) float64.
@@ -28,7 +29,9 @@ def spectral_map(G, f):
     matrices = G.reshape(G.shape[:-2].numel(), *G.shape[-2:]).numpy()
     images = np.zeros_like(matrices)
     for X, image in zip(matrices, images, strict=True):
-        if X.any():
+        if not np.isfinite(X).all():
+            image[:] = np.nan
+        elif X.any():
             P, s, Qt = scipy.linalg.svd(np.ldexp(X, -exponent(X)), full_matrices=False)
             image[:] = P * f(s) @ Qt
     return torch.from_numpy(images).reshape(G.shape)

@@ -225,15 +225,16 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("beta2", [None, 0.9])
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS)
-def test_fused_equals_separate(shape, layout):
+def test_fused_equals_separate(shape, layout, beta2):
     fused = torch.nn.Parameter(gaussian(*shape))
-    optimizer = Muon([fused], lr=0.1, layout=layout)
+    optimizer = Muon([fused], lr=0.1, layout=layout, normuon_beta2=beta2)
     pieces = []
     for algorithm, indices in matrices(shape, **layout):
         for index in indices:
             W = torch.nn.Parameter(fused.detach().flatten()[index])
-            pieces.append((W, index, Muon([W], lr=0.1, algorithm=algorithm)))
+            pieces.append((W, index, Muon([W], lr=0.1, algorithm=algorithm, normuon_beta2=beta2)))
     for t in range(3):
         fused.grad = gaussian(*shape, seed=t + 1)
         optimizer.step()
