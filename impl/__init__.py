@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon for people who train models: a drop-in for torch.optim.Muon that SPEC.md defines exactly."""
 
+from impl.chain import ChainedOptimizer
+from impl.clipping import GradNorms, clip_grad_norm_
 from impl.layout import Layout, Section
 from impl.muon import Muon
 from impl.orthogonalize import orthogonalize
 from impl.routing import param_groups
 
-__all__ = ["Layout", "Muon", "Section", "orthogonalize", "param_groups"]
+__all__ = [
+    "ChainedOptimizer",
+    "GradNorms",
+    "Layout",
+    "Muon",
+    "Section",
+    "clip_grad_norm_",
+    "orthogonalize",
+    "param_groups",
+]

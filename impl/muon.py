@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer: validation, state, and one step as a straight pipe, with the words of SPEC.md."""
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict
-from numbers import Integral, Real
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from impl.layout import Layout, matrices
-from impl.options import check_options, check_parameters, lr_scale
-from impl.orthogonalize import orthogonalize
+from impl.layout import Layout
+from impl.options import algorithms, check_options, check_parameters, names
 from impl.report import report
 from impl.schedules import Coefficients
-from impl.stages import gradient, momentum, pieces, step_adamw
-from impl.state import new_state, placement, state_dtype, whole
+from impl.skip import REASONS, Guard, nonfinite
+from impl.stages import Prepared, apply, gradient, prepare
+from impl.state import check_step, form, new_state, plain, whole
+
+# A parameter with a gradient, its group, and a function that makes the gradient to descend.
+Ready = tuple[dict[str, Any], Tensor, Callable[[], Tensor]]
 
 
 class Muon(Optimizer):
@@ -40,12 +44,20 @@ class Muon(Optimizer):
             which lets Muon share AdamW's learning rate and decay.
         algorithm: "muon" or "adamw".
         layout: the matrices inside each parameter of the group, a `Layout`; None for the parameter as one matrix.
+        normuon_beta2: decay rate of the row-wise mean squares by which NorMuon evens out the rows of an update, 0.95 in its
+            paper; None for Muon.
         adamw_lr_ratio: AdamW steps with lr * adamw_lr_ratio, so that one scheduler moves both.
         adamw_betas, adamw_eps: AdamW's.
         maximize: ascend instead of descend.
+        skip_nonfinite: take no step in which anything is not finite; `skipped` counts them.   [SPEC: SKIP]
+        process_group: the ranks that take or skip a step together; None for this process alone.
+        dump_nonfinite: path of a file for what the first such step was made of (torch.save); costs a host synchronization
+            in every step.
 
-    State: `momentum_buffer` for Muon; `exp_avg`, `exp_avg_sq`, `step` for AdamW; shaped like the parameter, float32
-    unless the parameter is float64.
+    State: `momentum_buffer` for Muon, and `variance_buffer` for NorMuon, one number for a matrix's row; `exp_avg`,
+    `exp_avg_sq`, `step` for AdamW; else shaped like the parameter, float32 unless the parameter is float64.
+
+    `torch.amp.GradScaler` may hand its scale and its finding to `step`, which then needs no host synchronization.
 
     Raises:
         ValueError: an option or a parameter that cannot be used, here and in `add_param_group`, with its name.
@@ -53,6 +65,8 @@ class Muon(Optimizer):
 
     Source: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
     """
+
+    _step_supports_amp_scaling = True  # what torch.amp.GradScaler looks for   [SPEC: SKIP-9]
 
     def __init__(
         self,
@@ -68,10 +82,14 @@ class Muon(Optimizer):
         *,
         algorithm: str = "muon",
         layout: Layout | None = None,
+        normuon_beta2: float | None = None,
         adamw_lr_ratio: float = 1.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         maximize: bool = False,
+        skip_nonfinite: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        dump_nonfinite: str | os.PathLike[str] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -84,12 +102,14 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "algorithm": algorithm,
             "layout": layout,
+            "normuon_beta2": normuon_beta2,
             "adamw_lr_ratio": adamw_lr_ratio,
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "maximize": maximize,
         }
         check_options(defaults)
+        self.guard = Guard(skip_nonfinite, process_group, dump_nonfinite)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -99,17 +119,33 @@ class Muon(Optimizer):
             group = self.param_groups[-1]
             check_options(group)
             check_parameters(group, len(self.param_groups) - 1)
+            group.setdefault("skip_grad_norm_clip", algorithms(group) == {"muon"})
         except Exception:
             self.param_groups.pop()
             raise
 
+    @property
+    def skip_grad_norm_clip(self) -> bool:
+        """Whether clipping gradients by their norm would touch none of ours.   [SPEC: CLIP-3]"""
+        return all(group["skip_grad_norm_clip"] for group in self.param_groups)
+
+    @property
+    def skipped(self) -> dict[str, Tensor]:
+        """How many steps were skipped for which reason: int64, on the device, without waiting for it.   [SPEC: SKIP-5]"""
+        return {reason: self.guard.counts[code] for reason, code in REASONS.items()}
+
     def report(self) -> str:
-        """A table of every parameter: shape, rule, algorithm, matrices, learning rate.   [SPEC: ROUTE-7]"""
+        """A table of every parameter: shape, rule, algorithm, matrices, learning rate, clipping.   [SPEC: ROUTE-7]"""
+        self.guard.look(wait=True)
         return report(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step every parameter that has a gradient; return the closure's value, if there is one.   [SPEC: STEP]"""
+        """Step every parameter that has a gradient; return the closure's value, if there is one.   [SPEC: STEP, SKIP]
+
+        Nothing is written before everything is computed and the decision to take the step has been made.
+        """
+        self.guard.look(wait=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -117,25 +153,21 @@ class Muon(Optimizer):
         ready = self._ready()
         if ready:
             self._init_state()
-        orthogonalized = [self._orthogonalize(group, p) for group, p in ready]
-        for (group, p), O in zip(ready, orthogonalized, strict=True):
-            self._apply(group, p, O)
+        prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite) for group, p, G in ready]
+        code = self._decide(prepared)
+        if self.guard.wants_dump(code):
+            self.guard.write_dump(self._culprits(ready, prepared))
+        for (group, p, G), (O, *_) in zip(ready, prepared, strict=True):
+            apply(group, p, self.state[p], G(), O, code)
         return loss
 
-    def _ready(self) -> list[tuple[dict[str, Any], Tensor]]:
-        """The parameters that have a gradient, with their groups; refuses before anything has changed.   [SPEC: ERR-3]"""
-        ready = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in ready:
-            if p.is_complex():
-                raise RuntimeError("Muon does not support complex parameters; use torch.view_as_real on the weight")
-            if p.grad.layout != torch.strided:
-                raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
-            kept = [value for key, value in self.state.get(p, {}).items() if key != "step"]
-            if any((value.shape, value.dtype, value.device) != (p.shape, state_dtype(p), p.device) for value in kept):
-                raise RuntimeError(
-                    f"a parameter is {p.dtype} {tuple(p.shape)} on {p.device} and was not when its state was made"
-                )
-        return ready
+    def _ready(self) -> list[Ready]:
+        """The parameters that have a gradient; refuses before anything has changed.   [SPEC: ERR-3]"""
+        every = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in every:
+            check_step(group, p, self.state.get(p, {}))
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        return [(group, p, partial(gradient, group, p, scale)) for group, p in every]
 
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""
@@ -144,52 +176,34 @@ class Muon(Optimizer):
                 if not self.state.get(p) and (p.requires_grad or p.grad is not None):
                     self.state[p] = new_state(group, p)
 
-    def _orthogonalize(self, group: dict[str, Any], p: Tensor) -> list[Tensor]:
-        """MOM and ORTH: update p's momentum; return O of each of its Muon sections, (B, m, n), in order."""
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            return []
-        O = []
-        for (section, M), (_, G) in zip(
-            pieces(group, state["momentum_buffer"]), pieces(group, gradient(group, p)), strict=True
-        ):
-            if section.algorithm == "muon":
-                U = matrices(section, momentum(M, G, group["momentum"], group["nesterov"]))
-                O.append(orthogonalize(U, group["ns_coefficients"], group["ns_steps"], group["eps"]))
-        return O
+    def _decide(self, prepared: list[Prepared]) -> Tensor | None:
+        """The one decision of the step, over all groups and algorithms.   [SPEC: SKIP]"""
+        states = [magnitude for each in prepared for magnitude in each.states]
+        updates = [magnitude for each in prepared for magnitude in each.updates]
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        return self.guard.decide(states, updates, getattr(self, "found_inf", None), device)
 
-    def _apply(self, group: dict[str, Any], p: Tensor, O: list[Tensor]) -> None:
-        """SCALE, DECAY and STEP: move p in the precision of its state and round once.   [SPEC: STEP-11]"""
-        # In float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr.
-        lr = group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
-        W = p.to(state_dtype(p)).contiguous()
-        updates = iter(O)
-        for section, view in pieces(group, W):
-            if section.algorithm == "muon":
-                update = next(updates)
-                scale = lr_scale(update.shape[-2], update.shape[-1], group["adjust_lr_fn"])
-                view.mul_(1 - lr * group["weight_decay"])
-                # A product, then a difference: each rounded by itself, so an entry's bits do not depend on its position.
-                view.sub_(update.reshape(view.shape) * (lr * scale))
-        if "step" in self.state[p]:
-            step_adamw(group, self.state[p], W, gradient(group, p), lr * group["adamw_lr_ratio"])
-        if W is not p:
-            p.copy_(W)
+    def _culprits(self, ready: list[Ready], prepared: list[Prepared]) -> dict[str, dict[str, Tensor]]:
+        """Gradient and state before the step, by name, of every parameter that kept it from being taken."""
+        groups = enumerate(self.param_groups)
+        label = {p: name for i, group in groups for name, p in zip(names(group, i), group["params"], strict=True)}
+        return {
+            label[p]: {"gradient": G(), **self.state[p]}
+            for (_, p, G), each in zip(ready, prepared, strict=True)
+            if bool(nonfinite([*each.states, *each.updates], p.device))
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, complete for every trainable parameter once there is any state, with options as plain data.
 
         [SPEC: STATE-1, STATE-3]
         """
+        self.guard.look(wait=True)
         if any(self.state.values()):
             self._init_state()
         saved = super().state_dict()
         for group in saved.get("param_groups", ()):
-            for option, value in group.items():
-                if isinstance(value, Layout):
-                    group[option] = asdict(value)
-                elif isinstance(value, Real) and not isinstance(value, Integral):
-                    group[option] = float(value)  # a scheduler may have left a NumPy number
+            group.update(plain(group))
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,10 +231,13 @@ class Muon(Optimizer):
     def _restore(self, saved: dict[str, Any]) -> None:
         """Put back the dtypes that torch's loading has cast away."""
         ids = (i for group in saved["param_groups"] for i in group["params"])
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+        for i, (group, p) in zip(ids, ((g, p) for g in self.param_groups for p in g["params"]), strict=True):
             for key, value in saved["state"].get(i, {}).items():
-                dtype, device = placement(key, p)
+                _, dtype, device = form(group, key, p)
                 self.state[p][key] = torch.as_tensor(value).detach().to(device, dtype, copy=True).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "guard": self.guard}  # torch's keeps defaults, state and groups only
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -230,3 +247,4 @@ class Muon(Optimizer):
                 group.setdefault(option, value)
             if group["layout"] is not None:
                 group["layout"] = Layout.of(group["layout"])
+            group.setdefault("skip_grad_norm_clip", algorithms(group) == {"muon"})

@@ -15,7 +15,7 @@ SCALES = (None, "original", "match_rms_adamw")
 # Every option of a group.
 OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn",
-    "algorithm", "layout", "adamw_lr_ratio", "adamw_betas", "adamw_eps", "maximize",
+    "algorithm", "layout", "normuon_beta2", "adamw_lr_ratio", "adamw_betas", "adamw_eps", "maximize", "skip_grad_norm_clip",
 )  # fmt: skip
 
 
@@ -66,8 +66,11 @@ def check_options(group: Mapping[str, Any]) -> None:
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not pair or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
         raise ValueError(f"adamw_betas should be two numbers in [0, 1) but is: {betas}")
-    for flag in ("nesterov", "maximize"):
-        if not isinstance(group[flag], bool):
+    beta2 = group["normuon_beta2"]
+    if beta2 is not None and (isinstance(beta2, bool) or not isinstance(beta2, Real) or not 0.0 <= float(beta2) < 1.0):
+        raise ValueError(f"normuon_beta2 should be None or a number in [0, 1) but is: {beta2!r}")
+    for flag in ("nesterov", "maximize", "skip_grad_norm_clip"):
+        if not isinstance(group.get(flag, False), bool):
             raise ValueError(f"{flag} should be True or False but is: {group[flag]!r}")
     if group["algorithm"] == "adamw" and group["layout"] is not None:
         raise ValueError(f"layout has no meaning for algorithm='adamw'; leave it out, found {group['layout']}")

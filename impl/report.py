@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from impl.clipping import clipped
 from impl.layout import Layout, cut, matrices
 from impl.options import algorithms, lr_scale, names
 
-HEADER = ("parameter", "shape", "rule", "algorithm", "matrices", "learning rate")
+HEADER = ("parameter", "shape", "rule", "algorithm", "matrices", "learning rate", "clipped")
 
 
 def report(optimizer: Optimizer) -> str:
     """One line for every parameter, then exact totals for each algorithm.
 
     "matrices" is count x rows x columns of what is orthogonalized by itself; "learning rate" is what its update is
-    multiplied with now, scale included, in the same order, and AdamW's last.
+    multiplied with now, scale included, in the same order, and AdamW's last; "clipped" is what of its gradient
+    `clip_grad_norm_` and `ChainedOptimizer` clip.
     """
     lines: list[tuple[str, ...]] = [HEADER]
     totals = {"muon": 0, "adamw": 0}
@@ -39,6 +41,7 @@ def report(optimizer: Optimizer) -> str:
                     "+".join(sorted(algorithms(group), reverse=True)),
                     " ".join(f"{count}x{m}x{n}" for (m, n), count in sizes.items()) or "-",
                     " ".join(f"{rate:.3g}" for rate in rates),
+                    clipped(group),
                 )
             )
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]

@@ -2,6 +2,8 @@
 """What the optimizer keeps for a parameter, and whether a saved state is that.   [SPEC: STATE]"""
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch.optim.optimizer import Optimizer
 
 from impl.layout import Layout
 from impl.options import algorithms, check_options, check_parameters, names
+
+SQUARES = ("exp_avg_sq", "variance_buffer")
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -21,21 +25,46 @@ def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """The entries of the state of a parameter of the group.   [SPEC: STATE-1]"""
     taking_part = algorithms(group)
     muon = ("momentum_buffer",) if "muon" in taking_part else ()
+    if muon and group["normuon_beta2"] is not None:
+        muon += ("variance_buffer",)
     return muon + (("exp_avg", "exp_avg_sq", "step") if "adamw" in taking_part else ())
 
 
-def placement(key: str, p: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of an entry of p's state: a step count is float32 on the CPU, the rest goes with the parameter."""
-    return (torch.float32, torch.device("cpu")) if key == "step" else (state_dtype(p), p.device)
+def form(group: Mapping[str, Any], key: str, p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """Shape, dtype and device of an entry of p's state.   [SPEC: STATE-1, VAR-5]"""
+    if key == "step":
+        return torch.Size(), torch.float32, p.device
+    if key == "variance_buffer":
+        layout = Layout.of(group["layout"])
+        return torch.Size((*(p.shape[:1] if layout.flatten else p.shape[:-1]), layout.columns)), state_dtype(p), p.device
+    return p.shape, state_dtype(p), p.device
 
 
 def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """A parameter's state before its first step: zeros, of its shape but for the step count."""
-    state = {}
-    for key in state_keys(group):
-        dtype, device = placement(key, p)
-        state[key] = torch.zeros(() if key == "step" else p.shape, dtype=dtype, device=device)
-    return state
+    """A parameter's state before its first step: zeros."""
+    forms = {key: form(group, key, p) for key in state_keys(group)}
+    return {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, device) in forms.items()}
+
+
+def check_step(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError if a parameter that has a gradient cannot be stepped.   [SPEC: ERR-3]"""
+    if p.is_complex():
+        raise RuntimeError("Muon does not support complex parameters; use torch.view_as_real on the weight")
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
+    if state and set(state) != set(state_keys(group)):
+        raise RuntimeError(f"a group's options ask for state {state_keys(group)} but were others when {tuple(state)} was made")
+    for key, value in state.items():
+        if (value.shape, value.dtype, value.device) != form(group, key, p):
+            raise RuntimeError(f"a parameter is {p.dtype} {tuple(p.shape)} on {p.device} and was not when its {key} was made")
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that a state dict holds otherwise than the group does.   [SPEC: STATE-3]"""
+    layouts = {option: asdict(value) for option, value in group.items() if isinstance(value, Layout)}
+    # A scheduler may have left a NumPy number.
+    numbers = {o: float(value) for o, value in group.items() if isinstance(value, Real) and not isinstance(value, Integral)}
+    return layouts | numbers
 
 
 def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
@@ -72,7 +101,7 @@ def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         label = names({**our, "param_names": our.get("param_names") or group.get("param_names")}, index)
         for name, i, p in zip(label, group["params"], our["params"], strict=True):
             if saved["state"]:
-                _check_entry(name, saved["state"].get(i), state_keys(our), p)
+                _check_entry(name, saved["state"].get(i), our, p)
     if extra := saved["state"].keys() - known:
         raise ValueError(f"the state dict holds state for parameters {sorted(map(str, extra))} that none of its groups has")
 
@@ -83,15 +112,16 @@ def _check_group(index: int, group: Mapping[str, Any], our: Mapping[str, Any]) -
         wrong = [f"{b!r} where the optimizer has {a!r}" for a, b in zip(mine, theirs, strict=True) if a != b]
         raise ValueError(f"group {index} of the state dict names its parameters otherwise: {', '.join(wrong)}")
     check_options(group)
-    if (group["algorithm"], Layout.of(group["layout"])) != (our["algorithm"], Layout.of(our["layout"])):
+    if state_keys(group) != state_keys(our) or Layout.of(group["layout"]) != Layout.of(our["layout"]):
+        kind = "algorithm={algorithm!r}, layout={layout}, normuon_beta2={normuon_beta2}"
         raise ValueError(
-            f"group {index} of the state dict is for algorithm={group['algorithm']!r}, layout={group['layout']} but the "
-            f"optimizer has algorithm={our['algorithm']!r}, layout={our['layout']}"
+            f"group {index} of the state dict is for {kind.format(**group)} but the optimizer has {kind.format(**our)}"
         )
     check_parameters({**group, "params": our["params"]}, index)
 
 
-def _check_entry(name: str, entry: Mapping[str, Any] | None, expected: tuple[str, ...], p: Tensor) -> None:
+def _check_entry(name: str, entry: Mapping[str, Any] | None, our: Mapping[str, Any], p: Tensor) -> None:
+    expected = state_keys(our)
     if entry is None:
         if p.requires_grad:
             raise ValueError(f"the state dict has no state for parameter {name}, expected {expected}")
@@ -104,11 +134,12 @@ def _check_entry(name: str, entry: Mapping[str, Any] | None, expected: tuple[str
             if not isinstance(value, (int, float, Tensor)) or not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{where} should be a count >= 0 but is: {value}")
             continue
-        if not isinstance(value, Tensor) or value.shape != p.shape:
+        shape, dtype, _ = form(our, key, p)
+        if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where} should have shape {tuple(p.shape)} but is: {found}")
+            raise ValueError(f"{where} should have shape {tuple(shape)} but is: {found}")
         # A wider dtype than ours would lose bits, an integer is no momentum at all.
-        if not value.is_floating_point() or torch.promote_types(value.dtype, state_dtype(p)) != state_dtype(p):
-            raise ValueError(f"{where} should be {state_dtype(p)} or narrower but is: {value.dtype}")
-        if not bool(value.isfinite().all()) or (key == "exp_avg_sq" and bool((value < 0).any())):
+        if not value.is_floating_point() or torch.promote_types(value.dtype, dtype) != dtype:
+            raise ValueError(f"{where} should be {dtype} or narrower but is: {value.dtype}")
+        if not bool(value.isfinite().all()) or (key in SQUARES and bool((value < 0).any())):
             raise ValueError(f"{where} is not finite or an average of squares is negative; it would poison the weights")

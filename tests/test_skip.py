@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Skipped steps from inside impl: counters, the dump, copies, and what an optimizer with ranks is made of."""
+
+import copy
+import pickle
+from dataclasses import asdict
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from impl import Layout, Muon, Section, skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+NAN = float("nan")
+
+
+def one_step(optimizer: Muon, G: torch.Tensor) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = G.clone()
+    optimizer.step()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=10))
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("magnitudes", "bad"), [([], False), ([0.0, 3e38], False), ([1.0, NAN], True), ([float("inf")], True), ([-1.0], False)]
+)
+def test_nonfinite(magnitudes, bad):
+    found = skip.nonfinite([torch.tensor(m) for m in magnitudes], torch.device("cpu"))
+    assert (found.shape, found.dtype, bool(found)) == ((), torch.bool, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [NAN, float("inf"), float("-inf")])
+def test_the_largest_magnitude_shows_what_is_not_finite(dtype, value):
+    T = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert skip.largest(T).isfinite() and skip.largest(torch.zeros(0, 3)) == 0
+    T[1, 7] = value
+    assert not skip.largest(T).isfinite() and not skip.largest(T.mT).isfinite()
+
+
+@pytest.mark.parametrize("group", [None, "alone"])
+@pytest.mark.parametrize("code", range(4))
+def test_agreeing_alone_is_ones_own_opinion(group, code, request):
+    process_group = request.getfixturevalue(group) if group else None
+    result = skip.agree(torch.tensor(code, dtype=torch.uint8), process_group)
+    assert (result.dtype, result.nbytes, int(result)) == (torch.uint8, 1, code)
+
+
+def test_counters_are_tensors():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    one_step(optimizer, torch.full((2, 3), NAN))
+    assert {reason: (count.dtype, int(count)) for reason, count in optimizer.skipped.items()} == {
+        "orthogonalization": (torch.int64, 0),
+        "gradient": (torch.int64, 1),
+        "found_inf": (torch.int64, 0),
+    }
+
+
+def test_the_dump_holds_the_first_failure_and_its_culprits_only(tmp_path):
+    names = ["good", "bad"]
+    named = [(name, nn.Parameter(torch.ones(2, 3))) for name in names]
+    optimizer = Muon(named, dump_nonfinite=tmp_path / "dump.pt")
+    one_step(optimizer, torch.ones(2, 3))
+    optimizer.found_inf = torch.ones(())
+    one_step(optimizer, torch.full((2, 3), NAN))
+    assert not list(tmp_path.iterdir()), "what a loss scaler finds is no failure"
+    del optimizer.found_inf
+    before = optimizer.state[named[1][1]]["momentum_buffer"].clone()
+    for value in (NAN, 7.0, float("inf")):
+        named[0][1].grad, named[1][1].grad = torch.ones(2, 3), torch.full((2, 3), value)
+        optimizer.step()
+    dump = torch.load(tmp_path / "dump.pt", weights_only=True)
+    assert list(dump) == ["bad"]
+    assert dump["bad"]["gradient"].isnan().all()
+    assert torch.equal(dump["bad"]["momentum_buffer"], before)
+
+
+def test_copies_keep_the_guard(alone):
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))], process_group=alone, skip_nonfinite=True)
+    one_step(optimizer, torch.full((2, 3), NAN))
+    twin = copy.deepcopy(optimizer)
+    one_step(twin, torch.full((2, 3), NAN))
+    assert (int(optimizer.skipped["gradient"]), int(twin.skipped["gradient"])) == (1, 2)
+    assert twin.guard.process_group is alone
+
+
+def test_a_pickle_keeps_the_guard():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))], skip_nonfinite=False)
+    again = pickle.loads(pickle.dumps(optimizer))  # noqa: S301
+    one_step(again, torch.full((2, 3), NAN))
+    assert again.param_groups[0]["params"][0].isnan().any()
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_what_is_no_flag_is_refused(value):
+    with pytest.raises(ValueError, match=f"skip_nonfinite should be True or False but is: {value!r}"):
+        Muon([nn.Parameter(torch.ones(2, 3))], skip_nonfinite=value)
+
+
+def test_an_exception_in_a_step_changes_nothing(monkeypatch):
+    from impl import stages
+
+    p, q = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = Muon([p, q])
+    one_step(optimizer, torch.ones(2, 3))
+    before = copy.deepcopy([p, q, *(state["momentum_buffer"] for state in optimizer.state.values())])
+    calls = iter([stages.orthogonalize])
+
+    def out_of_memory(*args):
+        if (healthy := next(calls, None)) is not None:
+            return healthy(*args)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stages, "orthogonalize", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one_step(optimizer, torch.ones(2, 3))
+    after = [p, q, *(state["momentum_buffer"] for state in optimizer.state.values())]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_muon_declares_what_it_exempts_from_clipping():
+    sections = Layout(sections=(Section(1), Section(1, algorithm="adamw")))
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3))]}]
+    assert Muon(groups).skip_grad_norm_clip
+    groups += [{"params": [nn.Parameter(torch.ones(2, 3))], "layout": sections}]
+    groups += [{"params": [nn.Parameter(torch.ones(2))], "algorithm": "adamw"}]
+    groups += [{"params": [nn.Parameter(torch.ones(2, 3))], "skip_grad_norm_clip": False}]
+    optimizer = Muon(groups)
+    assert not optimizer.skip_grad_norm_clip
+    assert [group["skip_grad_norm_clip"] for group in optimizer.param_groups] == [True, False, False, False]
+    last = [line.split()[-1] for line in optimizer.report().splitlines()[2:6]]
+    assert last == ["none", "adamw", "all", "all"]
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][1]["layout"] == asdict(sections)
+    for group in saved["param_groups"]:
+        del group["skip_grad_norm_clip"]  # a checkpoint from before there was such a thing
+    optimizer.load_state_dict(saved)
+    assert [group["skip_grad_norm_clip"] for group in optimizer.param_groups] == [True, False, False, False]
+
+
+def test_options_that_would_need_other_state_are_refused_in_the_step():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    one_step(optimizer, torch.ones(2, 3))
+    optimizer.param_groups[0]["normuon_beta2"] = 0.95
+    with pytest.raises(RuntimeError, match="variance_buffer"):
+        one_step(optimizer, torch.ones(2, 3))
