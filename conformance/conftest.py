@@ -53,6 +53,14 @@ def validating(target: Target) -> Target:
     return target
 
 
+@pytest.fixture
+def skipping(target: Target) -> Target:
+    """The target, for tests of steps that are not taken."""
+    if not target.skips:
+        raise Unsupported("it cannot skip a step")
+    return target
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if item.path.is_relative_to(HERE)]

@@ -2,11 +2,14 @@
 """Taking steps with a target, and with the reference beside it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+import reference
+from conformance.strategies import HYPER, tensor
 from conformance.target import Hyper, Named, Target
 from conformance.targets.reference import Target as Reference
 
@@ -41,3 +44,29 @@ def expected(weights: Sequence[Tensor], steps: Sequence[Gradients], hyper: Hyper
     """What the weights should be after these steps: the reference on float64 copies."""
     wide = [[None if G is None else G.double() for G in gradients] for gradients in steps]
     return [p.detach() for p in run(Reference(), [W.double() for W in weights], wide, hyper)[0]]
+
+
+def separate(T: Tensor, layout: dict) -> list[tuple[str, Tensor]]:
+    """The matrices of a tensor, each on its own, with their algorithms."""
+    cut = reference.matrices(tuple(T.shape), **layout)
+    return [(algorithm, T.flatten()[index]) for algorithm, indices in cut for index in indices]
+
+
+def run_fused_and_separate(
+    target: Target, device, shape, layout, seed, hyper: Hyper = HYPER, change=lambda G, i: G
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Take three steps of a fused parameter, and of its matrices as separate parameters; both as lists of matrices."""
+    W = tensor(shape, seed)
+    gradients = [change(tensor(shape, seed + 1 + i), i) for i in range(3)]
+    (fused,), _ = run(target, [W], [[G] for G in gradients], replace(hyper, layout=layout), device)
+    pieces = separate(W, layout)
+    named = parameters([w for _, w in pieces], device)
+    groups = [([n], replace(hyper, algorithm=algorithm)) for n, (algorithm, _) in zip(named, pieces, strict=True)]
+    optimizer = target.optimizer(*groups[0])
+    for group in groups[1:]:
+        optimizer.add_param_group(target.group(*group))
+    for G in gradients:
+        for (_, p), (_, g) in zip(named, separate(G, layout), strict=True):
+            p.grad = g.to(device)
+        optimizer.step()
+    return [M for _, M in separate(fused.detach().cpu(), layout)], [p.detach().cpu() for _, p in named]

@@ -20,12 +20,40 @@ HYPER = Hyper(
     adjust_lr_fn="original",
     algorithm="muon",
     layout=None,
+    normuon_beta2=None,
     adamw_lr_ratio=1.0,
     adamw_betas=(0.9, 0.95),
     adamw_eps=1e-8,
     maximize=False,
+    skip_nonfinite=True,
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+QKV = ({"rows": 8}, {"rows": 4}, {"rows": 4})
+# name: (shape of the parameter, its layout)
+LAYOUTS = {
+    "experts by rows": ((4 * 6, 10), {"blocks": 4}),
+    "experts by columns": ((6, 4 * 10), {"columns": 4}),
+    "experts in three dimensions": ((4, 6, 10), {"blocks": 4}),
+    "gate and up of every expert": ((3, 2 * 5, 7), {"blocks": 6}),
+    "gate beside up of every expert": ((3, 5, 2 * 7), {"blocks": 3, "columns": 2}),
+    "unequal sections": ((16, 9), {"sections": QKV}),
+    "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": QKV}),
+    "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
+    "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
+    "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),
+    "convolution": ((8, 3, 2, 2), {"flatten": True}),
+    "grouped convolution": ((8, 3, 2, 2), {"blocks": 2, "flatten": True}),
+}
+# the same, with sections for AdamW
+MIXED = {
+    "gated delta net": (
+        (20, 9),
+        {"sections": [{"rows": 8}, {"rows": 8}, {"rows": 2, "algorithm": "adamw"}, {"rows": 2, "algorithm": "adamw"}]},
+    ),
+    "gate first": ((20, 9), {"sections": [{"rows": 2, "algorithm": "adamw"}, {"rows": 18, "head_dim": 6}]}),
+    "in every expert": ((30, 9), {"blocks": 3, "sections": [{"rows": 8}, {"rows": 2, "algorithm": "adamw"}]}),
+}
 
 # Wide, tall, square; one row, one column, one entry; around tile edges.
 shapes = st.sampled_from(

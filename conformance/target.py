@@ -7,6 +7,7 @@ offer; the closing table then says "unsupported", never "passed". Nothing regist
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+Norms = tuple[Tensor | None, Tensor | None, Tensor | None]
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
@@ -35,10 +37,12 @@ class Hyper:
     adjust_lr_fn: str | None
     algorithm: str
     layout: dict[str, Any] | None
+    normuon_beta2: float | None
     adamw_lr_ratio: float
     adamw_betas: tuple[float, float]
     adamw_eps: float
     maximize: bool
+    skip_nonfinite: bool  # of the optimizer, not of a group
 
 
 class Target(Protocol):
@@ -46,6 +50,7 @@ class Target(Protocol):
 
     name: str
     validates: bool  # whether it checks its arguments; if not, clauses on refusals are unsupported
+    skips: bool  # whether it can skip a step; if not, SKIP is unsupported
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose rounding limits an orthogonalization of a `dtype` matrix."""
@@ -55,8 +60,8 @@ class Target(Protocol):
         """ORTH on (m, n) or (B, m, n)."""
         ...
 
-    def optimizer(self, named: Named, hyper: Hyper) -> Optimizer:
-        """An optimizer with one group."""
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
+        """An optimizer with one group, which skips a step if any rank of the process group would."""
         ...
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
@@ -65,6 +70,30 @@ class Target(Protocol):
 
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         """M of a parameter, in MOM-1's convention."""
+        ...
+
+    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
+        """V of a parameter, in VAR-5's shape."""
+        ...
+
+    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
+        """Clip the optimizer's gradients in place; total, clipped and threshold norm."""
+        ...
+
+    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
+        """A chain; `policy` is some of clip_grad, grad_norm_skip_threshold, clip_norm, floor, log_grad_norm."""
+        ...
+
+    def norms(self, chain: Any) -> Norms:
+        """Of a chain's last step."""
+        ...
+
+    def skipped(self, optimizer: Any) -> dict[str, int]:
+        """Number of skipped steps for each of SKIP's reasons; of a chain, for "threshold"."""
+        ...
+
+    def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
+        """A context that lists the shape of every orthogonalized update, and puts `poison` into one entry of each."""
         ...
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:

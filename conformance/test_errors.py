@@ -43,6 +43,10 @@ BAD = [
     ({"algorithm": "adamw", "layout": {"blocks": 2}}, ["layout", "adamw"]),
     ({"maximize": "yes"}, ["maximize", "yes"]),
     ({"nesterov": "yes"}, ["nesterov", "yes"]),
+    ({"normuon_beta2": 1.0}, ["normuon_beta2", "1.0"]),
+    ({"normuon_beta2": -0.1}, ["normuon_beta2", "-0.1"]),
+    ({"normuon_beta2": NAN}, ["normuon_beta2", "nan"]),
+    ({"normuon_beta2": True}, ["normuon_beta2", "True"]),
 ]
 bad = pytest.mark.parametrize(
     ("options", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in options.items()) for options, _ in BAD]

@@ -11,58 +11,18 @@ from torch import Tensor
 
 import reference
 from conformance import accept
-from conformance.steps import expected, parameters, run
-from conformance.strategies import HYPER, seeds, tensor
+from conformance.steps import expected, run, run_fused_and_separate
+from conformance.strategies import HYPER, LAYOUTS, MIXED, seeds, tensor
 from conformance.target import Target
 
-QKV = ({"rows": 8}, {"rows": 4}, {"rows": 4})
-# name: (shape of the parameter, its layout)
-LAYOUTS = {
-    "experts by rows": ((4 * 6, 10), {"blocks": 4}),
-    "experts by columns": ((6, 4 * 10), {"columns": 4}),
-    "experts in three dimensions": ((4, 6, 10), {"blocks": 4}),
-    "gate and up of every expert": ((3, 2 * 5, 7), {"blocks": 6}),
-    "gate beside up of every expert": ((3, 5, 2 * 7), {"blocks": 3, "columns": 2}),
-    "unequal sections": ((16, 9), {"sections": QKV}),
-    "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": QKV}),
-    "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
-    "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
-    "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),
-    "convolution": ((8, 3, 2, 2), {"flatten": True}),
-    "grouped convolution": ((8, 3, 2, 2), {"blocks": 2, "flatten": True}),
-}
 layouts = pytest.mark.parametrize(("shape", "layout"), LAYOUTS.values(), ids=LAYOUTS.keys())
-
-
-def separate(T: Tensor, layout: dict) -> list[tuple[str, Tensor]]:
-    """The matrices of a tensor, each on its own, with their algorithms."""
-    cut = reference.matrices(tuple(T.shape), **layout)
-    return [(algorithm, T.flatten()[index]) for algorithm, indices in cut for index in indices]
-
-
-def steps_fused_and_separate(target: Target, device, shape, layout, seed, steps=3, change=lambda G, i: G):
-    """Step a fused parameter, and its matrices as separate parameters of one optimizer; both as lists of matrices."""
-    W = tensor(shape, seed)
-    gradients = [change(tensor(shape, seed + 1 + i), i) for i in range(steps)]
-    (fused,), _ = run(target, [W], [[G] for G in gradients], replace(HYPER, layout=layout), device)
-    pieces = separate(W, layout)
-    named = parameters([w for _, w in pieces], device)
-    groups = [([n], replace(HYPER, algorithm=algorithm)) for n, (algorithm, _) in zip(named, pieces, strict=True)]
-    optimizer = target.optimizer(*groups[0])
-    for group in groups[1:]:
-        optimizer.add_param_group(target.group(*group))
-    for G in gradients:
-        for (_, p), (_, g) in zip(named, separate(G, layout), strict=True):
-            p.grad = g.to(device)
-        optimizer.step()
-    return [M for _, M in separate(fused.detach().cpu(), layout)], [p.detach().cpu() for _, p in named]
 
 
 @pytest.mark.clause("LAYOUT-2")
 @layouts
 @given(seed=seeds)
 def test_fused_equals_separate(target: Target, device, shape, layout, seed):
-    fused, apart = steps_fused_and_separate(target, device, shape, layout, seed)
+    fused, apart = run_fused_and_separate(target, device, shape, layout, seed)
     for a, b in zip(fused, apart, strict=True):
         accept.same_bits(actual=a, expected=b)
 
@@ -77,7 +37,7 @@ def test_128_fused_experts_equal_128_parameters(target: Target, device):
         G.view(128, 6, 10)[77] *= 1e8
         return G
 
-    fused, apart = steps_fused_and_separate(target, device, (128 * 6, 10), {"blocks": 128}, 0, 3, dead_and_huge)
+    fused, apart = run_fused_and_separate(target, device, (128 * 6, 10), {"blocks": 128}, 0, change=dead_and_huge)
     for a, b in zip(fused, apart, strict=True):
         accept.same_bits(actual=a, expected=b)
 
@@ -115,21 +75,11 @@ def test_matrices_are_a_partition(shape, layout):
     assert found.numel() == torch.Size(shape).numel()
 
 
-MIXED = {
-    "gated delta net": (
-        (20, 9),
-        {"sections": [{"rows": 8}, {"rows": 8}, {"rows": 2, "algorithm": "adamw"}, {"rows": 2, "algorithm": "adamw"}]},
-    ),
-    "gate first": ((20, 9), {"sections": [{"rows": 2, "algorithm": "adamw"}, {"rows": 18, "head_dim": 6}]}),
-    "in every expert": ((30, 9), {"blocks": 3, "sections": [{"rows": 8}, {"rows": 2, "algorithm": "adamw"}]}),
-}
-
-
 @pytest.mark.clause("LAYOUT-5")
 @pytest.mark.parametrize(("shape", "layout"), MIXED.values(), ids=MIXED.keys())
 @given(seed=seeds)
 def test_sections_step_by_their_own_algorithm(target: Target, device, shape, layout, seed):
-    fused, apart = steps_fused_and_separate(target, device, shape, layout, seed)
+    fused, apart = run_fused_and_separate(target, device, shape, layout, seed)
     for a, b in zip(fused, apart, strict=True):
         accept.same_bits(actual=a, expected=b)
     W, gradients = tensor(shape, seed), [[tensor(shape, seed + 1 + i)] for i in range(3)]

@@ -223,6 +223,6 @@ def test_report_tells_sections_and_learning_rates(target: Target):
     report = target.report(model)
     (line,) = [line for line in report.splitlines() if line.startswith("body.1.w ")]
     # lr is 1e-3, the default; a 16 x 4 matrix has twice that.
-    assert re.search(r"muon\+adamw\s+2x16x4\s+0.002 0.001$", line), line
+    assert re.search(r"muon\+adamw\s+2x16x4\s+0.002 0.001\s+adamw$", line), line
     totals = {algorithm: int(n.replace(",", "")) for algorithm, n in re.findall(r"^(\w+): ([\d,]+) parameters", report, re.M)}
     assert totals == {"muon": 64 + 128, "adamw": 88 + 8 + 88 + 11 + 8}

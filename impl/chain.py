@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, grad_norms, leaves, scale
+from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, device_of, grad_norms, leaves, scale
 
 
 class ChainedOptimizer(Optimizer):
@@ -27,7 +27,8 @@ class ChainedOptimizer(Optimizer):
         clip_norm: "own" to clip by the norm of what is clipped, "global" by that of all gradients.
         floor: the smallest factor that gradients are multiplied with.
         log_grad_norm: have `norms.total` in every step.
-        process_groups: for each member, the process group over which its gradients are shards, or None.
+        process_groups: for each member, the process group over which its gradients are shards, or None. All its ranks
+            construct the chain together, with one policy.
 
     A threshold stays on the device if all members can be told to skip there (`_step_supports_amp_scaling`: Muon, torch's
     fused optimizers); otherwise it costs one host synchronization a step.
@@ -47,7 +48,7 @@ class ChainedOptimizer(Optimizer):
         log_grad_norm: bool = False,
         process_groups: Sequence[dist.ProcessGroup | None] | None = None,
     ) -> None:
-        check_policy(clip_grad, clip_norm, floor)
+        check_policy("clip_grad", clip_grad, clip_norm, floor)
         if not grad_norm_skip_threshold >= 0:
             raise ValueError(f"grad_norm_skip_threshold should be >= 0 but is: {grad_norm_skip_threshold}")
         self.optimizers = list(optimizers)
@@ -59,10 +60,23 @@ class ChainedOptimizer(Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         if len({id(p) for p in parameters}) != len(parameters):
             raise ValueError("a parameter is in more than one of the optimizers and would be stepped by each")
+        self.silent = self._agree_on_silence()
         self.norms = GradNorms(None, None, None)
         self.skipped = torch.zeros((), dtype=torch.int64)
         # Sets up what torch's constructor does, but for groups and state, which are the members'.
         self.__setstate__({"defaults": {}})
+
+    def _agree_on_silence(self) -> set[dist.ProcessGroup]:
+        """The process groups on none of whose ranks anything is clipped: one all-reduce for each.   [SPEC: CLIP-10]"""
+        found = leaves(self)
+        silent = set()
+        for process_group in dict.fromkeys(leaf.process_group for leaf in found):
+            if process_group is not None:
+                mine = any(leaf.clips() for leaf in found if leaf.process_group is process_group)
+                flag = torch.tensor(mine, dtype=torch.uint8, device=device_of(found))
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=process_group)
+                silent |= set() if bool(flag) else {process_group}
+        return silent
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -106,20 +120,24 @@ class ChainedOptimizer(Optimizer):
 
     def _measure(self, found: list[Leaf]) -> tuple[bool, bool]:
         """Compute the norms that something uses; whether the threshold and clipping do.   [SPEC: CLIP-8]"""
-        any_clipped = any(leaf.clips() for leaf in found)
+        shared = {leaf.process_group for leaf in found} - {None}
+        any_clipped = any(leaf.clips() for leaf in found) or not shared <= self.silent
         watches = any_clipped and self.grad_norm_skip_threshold < math.inf
         clips = any_clipped and self.clip_grad is not None
-        total = self.log_grad_norm or (clips and self.clip_norm == "global")
+        # A rank cannot know what is clipped in process groups that it is not in, but others in its own may.
+        by_total = self.clip_norm == "global" and self.clip_grad is not None and (any_clipped or bool(shared))
+        total = self.log_grad_norm or by_total
         self.norms = GradNorms(None, None, None)
         if watches or clips or total:
-            threshold, everything = grad_norms(found, 2.0, total)
+            threshold, everything = grad_norms(found, 2.0, total, self.silent)
             self.norms = GradNorms(everything, threshold if self.clip_norm == "own" else everything, threshold)
         return watches, clips
 
     def _skip(self) -> Tensor:
         """Whether the norm is not below the threshold, counted; a NaN is not."""
         skip = ~(torch.as_tensor(self.norms.threshold) <= self.grad_norm_skip_threshold)
-        self.skipped = self.skipped.to(skip.device) + skip
+        self.skipped = self.skipped.to(skip.device)
+        self.skipped += skip
         return skip
 
     def _tells(self) -> bool:

@@ -2,7 +2,7 @@
 """Gradient norms over the whole range of floating point, and clipping that leaves exempt gradients alone.   [SPEC: CLIP]"""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from impl.options import algorithms
 from impl.stages import pieces
 
 CLIP_NORMS = ("own", "global")
+TINY = 2.0**-120  # smaller factors are applied in two parts
 
 
 class GradNorms(NamedTuple):
@@ -43,7 +44,8 @@ def leaves(optimizer: Any, process_group: dist.ProcessGroup | None = None) -> li
     """
     declared = bool(getattr(optimizer, "skip_grad_norm_clip", False))
     members = getattr(optimizer, "chained_optimizers", getattr(optimizer, "optimizers", None))
-    if members is None and hasattr(optimizer, "optimizer"):
+    wraps = members is None and hasattr(optimizer, "optimizer")
+    if wraps:
         members = [optimizer.optimizer]
     if members is None:
         if not hasattr(optimizer, "param_groups"):
@@ -53,7 +55,7 @@ def leaves(optimizer: Any, process_group: dist.ProcessGroup | None = None) -> li
         raise ValueError("a chain inside another should have neither clip_grad nor grad_norm_skip_threshold; the outer one has")
     process_groups = getattr(optimizer, "process_groups", [process_group] * len(members))
     inside = [leaf for member, its in zip(members, process_groups, strict=True) for leaf in leaves(member, its)]
-    if declared and len(inside) > 1 and any(leaf.clips() for leaf in inside):
+    if declared and not (wraps and len(inside) == 1) and any(leaf.clips() for leaf in inside):
         raise ValueError(
             f"{type(optimizer).__name__} declares skip_grad_norm_clip but not all of its members do; declare it on each member"
         )
@@ -93,15 +95,25 @@ def gradients(found: Iterable[Leaf]) -> Iterator[tuple[Mapping[str, Any], bool, 
     """Every gradient with its group, and whether its whole optimizer is exempt."""
     for leaf in found:
         for group in leaf.optimizer.param_groups:
-            yield from ((group, leaf.exempt, p.grad) for p in group["params"] if p.grad is not None)
+            grads = (p.grad for p in group["params"] if p.grad is not None)
+            yield from ((group, leaf.exempt, torch.view_as_real(G) if G.is_complex() else G) for G in grads)
 
 
-def grad_norms(found: Sequence[Leaf], norm_type: float, total: bool) -> tuple[Tensor, Tensor | None]:
+def device_of(found: Iterable[Leaf]) -> torch.device:
+    """Where norms are: with the first parameter."""
+    parameters = (p for leaf in found for group in leaf.optimizer.param_groups for p in group["params"])
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def grad_norms(
+    found: Sequence[Leaf], norm_type: float, total: bool, silent: Collection[dist.ProcessGroup | None] = ()
+) -> tuple[Tensor, Tensor | None]:
     """The norm of all gradients that are not exempt and, with `total`, of all: float64, on the first parameter's device.
 
-    One all-gather for each process group.   [SPEC: CLIP-6, CLIP-10]
+    One all-gather for each process group, but without `total` none for those in `silent`, where all is exempt on all ranks.
+    [SPEC: CLIP-6, CLIP-10]
     """
-    device = next((p.device for leaf in found for group in leaf.optimizer.param_groups for p in group["params"]), None)
+    device = device_of(found)
 
     def combined(norms: Iterable[Tensor]) -> Tensor:
         alone = [N.to(device, non_blocking=True) for N in norms]
@@ -114,7 +126,7 @@ def grad_norms(found: Sequence[Leaf], norm_type: float, total: bool) -> tuple[Te
         counted = [norm(T, norm_type) for some, _ in parts for T in some]
         exempt = [norm(T, norm_type) for _, others in parts for T in others] if total else []
         both = torch.stack([combined(counted), combined(counted + exempt)])
-        if process_group is not None:
+        if process_group is not None and (total or process_group not in silent):
             everyone = [torch.empty_like(both) for _ in range(dist.get_world_size(process_group))]
             dist.all_gather(everyone, both, group=process_group)
             both = torch.stack([combined(each) for each in torch.stack(everyone, dim=1)])
@@ -129,22 +141,28 @@ def coefficient(size: Tensor, max_norm: float, floor: float) -> Tensor:
 
 
 def scale(found: Iterable[Leaf], factor: Tensor) -> None:
-    """Multiply every gradient that is not exempt by `factor`, in place, rounding once.   [SPEC: CLIP-2]"""
+    """Multiply every gradient that is not exempt by `factor`, in place.   [SPEC: CLIP-2]"""
+    # Two factors in turn, since one may be too small for the dtype although its product with a huge gradient is not.
+    last = torch.where(factor < TINY, TINY, 1.0)
+    first = factor / last
     for group, exempt, G in gradients(found):
         if clipped(group, exempt) == "none":
             continue
         whole = G.contiguous()
         for part in split(group, exempt, whole)[0]:
-            wide = torch.promote_types(part.dtype, torch.float32)
-            part.copy_(part.to(wide) * factor.to(part.device, wide, non_blocking=True))
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            for each in (first, last):
+                wide.mul_(each.to(wide.device, wide.dtype, non_blocking=True))
+            if wide is not part:
+                part.copy_(wide)
         if whole is not G:
             G.copy_(whole)
 
 
-def check_policy(max_norm: float | None, clip_norm: str, floor: float, norm_type: float = 2.0) -> None:
-    """Raise ValueError for a clip policy that means nothing.   [SPEC: CLIP-9]"""
+def check_policy(name: str, max_norm: float | None, clip_norm: str, floor: float, norm_type: float = 2.0) -> None:
+    """Raise ValueError for a clip policy that means nothing; `name` is what the caller calls the norm.   [SPEC: CLIP-9]"""
     if max_norm is not None and not max_norm >= 0:
-        raise ValueError(f"the largest norm should be >= 0 but is: {max_norm}")
+        raise ValueError(f"{name} should be >= 0 but is: {max_norm}")
     if clip_norm not in CLIP_NORMS:
         raise ValueError(f"clip_norm should be one of {CLIP_NORMS} but is: {clip_norm!r}")
     if not 0 <= floor <= 1:
@@ -182,7 +200,7 @@ def clip_grad_norm_(
         TypeError: parameters in place of their optimizer.
         ValueError: an option outside its range.
     """
-    check_policy(max_norm, clip_norm, floor, norm_type)
+    check_policy("max_norm", max_norm, clip_norm, floor, norm_type)
     found = leaves(_with_groups(optimizer), process_group)
     threshold, total = grad_norms(found, norm_type, total=True)
     if error_if_nonfinite and not bool(torch.as_tensor(total).isfinite()):

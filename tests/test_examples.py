@@ -219,6 +219,7 @@ MISTAKES = {  # what the message says, and the command lines that earn it
 }
 
 
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
 @pytest.mark.parametrize(("message", "arguments"), [(m, a) for m, commands in MISTAKES.items() for a in commands])
 def test_a_mistake_is_one_line(message, arguments, folder, capsys):
     for name, content in BAD_FILES.items():

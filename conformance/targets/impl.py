@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """This repository's implementation."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import impl
-from conformance.target import Hyper, Named
+import impl.stages
+from conformance.target import Hyper, Named, Norms
 
 
 class Target:
     name = "impl"
     validates = True
+    skips = True
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64 if dtype == torch.float64 else torch.float32
@@ -22,14 +27,47 @@ class Target:
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
         return impl.orthogonalize(X, schedule, steps, eps)
 
-    def optimizer(self, named: Named, hyper: Hyper) -> Optimizer:
-        return impl.Muon(named, **self._options(hyper))
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
+        return impl.Muon(named, process_group=process_group, **self._options(hyper))
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
-        return {"params": list(named), **self._options(hyper)}
+        options = self._options(hyper)
+        del options["skip_nonfinite"]
+        return {"params": list(named), **options}
 
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
+
+    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
+        return optimizer.state[p]["variance_buffer"]
+
+    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
+        return impl.clip_grad_norm_(optimizer, max_norm, clip_norm=clip_norm, floor=floor)
+
+    def chain(self, optimizers: Sequence[Any], **policy: Any) -> impl.ChainedOptimizer:
+        return impl.ChainedOptimizer(optimizers, **policy)
+
+    def norms(self, chain: impl.ChainedOptimizer) -> Norms:
+        return chain.norms
+
+    def skipped(self, optimizer: Any) -> dict[str, int]:
+        if isinstance(optimizer, impl.ChainedOptimizer):
+            return {"threshold": int(optimizer.skipped)}
+        return {reason: int(count) for reason, count in optimizer.skipped.items()}
+
+    @contextmanager
+    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
+        shapes = []
+
+        def watched(*args: Any, **options: Any) -> Tensor:
+            O = impl.orthogonalize(*args, **options)
+            shapes.append(O.shape)
+            if poison is not None:
+                O[-1, -1, -1] = poison
+            return O
+
+        with mock.patch.object(impl.stages, "orthogonalize", watched):
+            yield shapes
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         return {

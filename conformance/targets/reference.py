@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 reference: what it cannot pass, the suite asks wrongly."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import reference
-from conformance.target import Hyper, Named, Unsupported
+import reference.muon
+from conformance.target import Hyper, Named, Norms, Unsupported
 
 
 class Target:
     name = "reference"
     validates = False
+    skips = True
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float64
@@ -21,14 +26,47 @@ class Target:
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
         return reference.orthogonalize(X, reference.schedule(schedule, steps), eps).to(X.dtype)
 
-    def optimizer(self, named: Named, hyper: Hyper) -> Optimizer:
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
+        if process_group is not None:
+            raise Unsupported("the reference has one process")
         return reference.Muon(named, **self._options(hyper))
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
-        return {"params": list(named), **self._options(hyper)}
+        options = self._options(hyper)
+        del options["skip_nonfinite"]
+        return {"params": list(named), **options}
 
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
+
+    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
+        return optimizer.state[p]["variance_buffer"]
+
+    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
+        return _tensors(reference.clip_grad_norm_(optimizer, max_norm, clip_norm=clip_norm, floor=floor))
+
+    def chain(self, optimizers: Sequence[Any], **policy: Any) -> reference.ChainedOptimizer:
+        return reference.ChainedOptimizer(optimizers, **policy)
+
+    def norms(self, chain: reference.ChainedOptimizer) -> Norms:
+        return _tensors(chain.norms)
+
+    def skipped(self, optimizer: Any) -> dict[str, int]:
+        return dict(optimizer.skipped) if isinstance(optimizer.skipped, dict) else {"threshold": optimizer.skipped}
+
+    @contextmanager
+    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
+        shapes = []
+
+        def watched(*args: Any, **options: Any) -> Tensor:
+            O = reference.orthogonalize(*args, **options)
+            shapes.append(O.shape)
+            if poison is not None:
+                O[-1, -1, -1] = poison
+            return O
+
+        with mock.patch.object(reference.muon, "orthogonalize", watched):
+            yield shapes
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         raise Unsupported("the reference has no models")
@@ -40,3 +78,8 @@ class Target:
         options = dict(vars(hyper))
         options["ns_coefficients"], options["ns_steps"] = options.pop("schedule"), options.pop("steps")
         return options
+
+
+def _tensors(norms: reference.GradNorms) -> Norms:
+    total, clipped, threshold = (None if x is None else torch.tensor(x, dtype=torch.float64) for x in norms)
+    return total, clipped, threshold

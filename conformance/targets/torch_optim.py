@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.optim.Muon, with the epsilon that it has unless told otherwise."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Unsupported
+from conformance.target import Hyper, Named, Norms, Unsupported
 
 
 class Target:
     name = "torch_optim"
     validates = True
+    skips = False
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16
@@ -24,7 +28,9 @@ class Target:
         # It divides in place, on a copy only where the dtype is not bfloat16 already.
         return _muon._zeropower_via_newtonschulz(X, _triple(schedule), steps, eps or _muon.EPS).to(X.dtype)
 
-    def optimizer(self, named: Named, hyper: Hyper) -> Optimizer:
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
+        if process_group is not None:
+            raise Unsupported("its ranks cannot decide together")
         return torch.optim.Muon(named, **self._options(hyper))
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
@@ -33,6 +39,40 @@ class Target:
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
 
+    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
+        raise Unsupported("it has no NorMuon")
+
+    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
+        """As its users clip: every gradient alike."""
+        if clip_norm != "global" or floor:
+            raise Unsupported("torch clips by the global norm and has no floor")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        total = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return total, total, total
+
+    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
+        raise Unsupported("torch has no chains")
+
+    def norms(self, chain: Any) -> Norms:
+        raise Unsupported("torch has no chains")
+
+    def skipped(self, optimizer: Any) -> dict[str, int]:
+        raise Unsupported("it skips no steps")
+
+    @contextmanager
+    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
+        healthy, shapes = _muon._zeropower_via_newtonschulz, []
+
+        def watched(*args: Any, **options: Any) -> Tensor:
+            O = healthy(*args, **options)
+            shapes.append(O.shape)
+            if poison is not None:
+                O[-1, -1] = poison
+            return O
+
+        with mock.patch.object(_muon, "_zeropower_via_newtonschulz", watched):
+            yield shapes
+
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         raise Unsupported("it has no routing")
 
@@ -40,8 +80,8 @@ class Target:
         raise Unsupported("it has no report")
 
     def _options(self, hyper: Hyper) -> dict[str, Any]:
-        if hyper.algorithm != "muon" or hyper.layout is not None or hyper.maximize:
-            raise Unsupported("it has neither layouts, nor AdamW, nor maximize")
+        if hyper.algorithm != "muon" or hyper.layout is not None or hyper.maximize or hyper.normuon_beta2 is not None:
+            raise Unsupported("it has neither layouts, nor AdamW, nor NorMuon, nor maximize")
         return {
             "lr": hyper.lr,
             "weight_decay": hyper.weight_decay,
