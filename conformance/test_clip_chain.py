@@ -17,6 +17,8 @@ from conformance.strategies import HYPER, seeds, shapes, tensor
 from conformance.target import Target, Unsupported, load
 from conformance.test_clip import ADAMW, INF, NAN, Layerwise, Watch, Wrapper, close, exempt, norm, sgd, weight
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has skipped:RuntimeWarning")
+
 
 def muon(target, W):
     return target.optimizer([("w", W)], HYPER)

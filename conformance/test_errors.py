@@ -39,6 +39,8 @@ BAD = [
     ({"algorithm": "adamw", "adamw_betas": (0.9, 1.0)}, ["adamw_betas", "1.0"]),
     ({"algorithm": "adamw", "adamw_betas": (0.9,)}, ["adamw_betas"]),
     ({"algorithm": "adamw", "adamw_eps": -1.0}, ["adamw_eps", "-1.0"]),
+    ({"algorithm": "adamw", "adamw_eps": 0.0}, ["adamw_eps", "0.0"]),
+    ({"algorithm": "adamw", "adamw_eps": 1e-50}, ["adamw_eps", "1e-50"]),
     ({"algorithm": "adamw", "adamw_lr_ratio": -1.0}, ["adamw_lr_ratio", "-1.0"]),
     ({"algorithm": "adamw", "layout": {"blocks": 2}}, ["layout", "adamw"]),
     ({"maximize": "yes"}, ["maximize", "yes"]),

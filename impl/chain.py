@@ -2,7 +2,9 @@
 """Several optimizers that step as one, under one clip policy and one threshold.   [SPEC: CLIP]"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, device_of, grad_norms, leaves, scale
+from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, device_of, grad_norms, gradients, leaves, scale
+from impl.muon import Muon
+from impl.skip import Tally, scalar
 
 
 class ChainedOptimizer(Optimizer):
@@ -30,8 +34,11 @@ class ChainedOptimizer(Optimizer):
         process_groups: for each member, the process group over which its gradients are shards, or None. All its ranks
             construct the chain together, with one policy.
 
-    A threshold stays on the device if all members can be told to skip there (`_step_supports_amp_scaling`: Muon, torch's
-    fused optimizers); otherwise it costs one host synchronization a step.
+    A threshold stays on the device if all members can be told to skip there (Muon, torch's fused Adam and AdamW); otherwise
+    it costs one host synchronization a step. Members otherwise decide for themselves: where one decision should hold for all
+    parameters, one Muon can step them all. Gradients must be where the innermost optimizers look for them before `step`.
+
+    For a scheduler, `param_groups` and `state` are views of the members'. A state dict holds the members' state dicts.
 
     Raises:
         ValueError, TypeError: a policy that means nothing, or members that cannot be chained, before anything has changed.
@@ -62,7 +69,7 @@ class ChainedOptimizer(Optimizer):
             raise ValueError("a parameter is in more than one of the optimizers and would be stepped by each")
         self.silent = self._agree_on_silence()
         self.norms = GradNorms(None, None, None)
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.tally = Tally("ChainedOptimizer", {1: "in {} the norm was above the threshold or no number"}, 2)
         # Sets up what torch's constructor does, but for groups and state, which are the members'.
         self.__setstate__({"defaults": {}})
 
@@ -79,14 +86,19 @@ class ChainedOptimizer(Optimizer):
         return silent
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> tuple[dict[str, Any], ...]:  # type: ignore[override]
         """The groups of all members: the same dicts, so that a scheduler may write to them."""
-        return [group for leaf in leaves(self) for group in leaf.optimizer.param_groups]
+        return tuple(group for leaf in leaves(self) for group in leaf.optimizer.param_groups)
 
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """The state of all parameters."""
-        return {p: state for leaf in leaves(self) for p, state in leaf.optimizer.state.items()}
+    def state(self) -> Mapping[Tensor, Any]:  # type: ignore[override]
+        """The state of all parameters, to be read."""
+        return MappingProxyType({p: state for leaf in leaves(self) for p, state in leaf.optimizer.state.items()})
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps the threshold kept from being taken: int64, on the device, without waiting for it."""
+        return self.tally.counts[1].clone()
 
     @property
     def clips_itself(self) -> bool:
@@ -101,6 +113,7 @@ class ChainedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Decide, clip, step; return the closure's value, if there is one."""
+        self.tally.look(wait=False)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -115,12 +128,20 @@ class ChainedOptimizer(Optimizer):
         if clips:
             factor = coefficient(torch.as_tensor(self.norms.clipped), float(self.clip_grad or 0.0), self.floor)
             scale(found, factor if skip is None else torch.where(skip, 1.0, factor))
+        unseen = [leaf for leaf in found if not list(gradients([leaf]))] if watches or clips else []
         self._step_members(found, skip)
+        if list(gradients(unseen)):
+            raise RuntimeError(
+                "a wrapper gave its optimizer gradients in its own step only, so they were neither measured nor clipped; have "
+                "it give them before the chain's step"
+            )
         return loss
 
     def _measure(self, found: list[Leaf]) -> tuple[bool, bool]:
         """Compute the norms that something uses; whether the threshold and clipping do.   [SPEC: CLIP-8]"""
         shared = {leaf.process_group for leaf in found} - {None}
+        if any(leaf.process_group in self.silent and leaf.clips() for leaf in found):
+            raise RuntimeError("a chain's member was exempt when the ranks built the chain and is not now; build it again")
         any_clipped = any(leaf.clips() for leaf in found) or not shared <= self.silent
         watches = any_clipped and self.grad_norm_skip_threshold < math.inf
         clips = any_clipped and self.clip_grad is not None
@@ -136,8 +157,7 @@ class ChainedOptimizer(Optimizer):
     def _skip(self) -> Tensor:
         """Whether the norm is not below the threshold, counted; a NaN is not."""
         skip = ~(torch.as_tensor(self.norms.threshold) <= self.grad_norm_skip_threshold)
-        self.skipped = self.skipped.to(skip.device)
-        self.skipped += skip
+        self.tally.count(skip)
         return skip
 
     def _tells(self) -> bool:
@@ -145,7 +165,8 @@ class ChainedOptimizer(Optimizer):
         return all(
             member._tells()
             if isinstance(member, ChainedOptimizer)
-            else leaves(member)[0].optimizer is member and getattr(member, "_step_supports_amp_scaling", False)
+            # Not all that say so keep their state: fused SGD leaves a first momentum undefined.
+            else isinstance(member, (Muon, torch.optim.Adam)) and getattr(member, "_step_supports_amp_scaling", False)
             for member in self.optimizers
         )
 
@@ -157,7 +178,8 @@ class ChainedOptimizer(Optimizer):
         before = [getattr(leaf.optimizer, "found_inf", None) for leaf in found]
         try:
             for leaf, known in zip(found, before, strict=True):
-                leaf.optimizer.found_inf = skip.float() if known is None else torch.maximum(skip.float(), known)
+                told = skip.float()
+                leaf.optimizer.found_inf = told if known is None else torch.maximum(told, scalar(known, told.device))
             for member in self.optimizers:
                 member.step()
         finally:
@@ -178,6 +200,7 @@ class ChainedOptimizer(Optimizer):
 
     def report(self) -> str:
         """One line for each group: whose it is, how large, and what of its gradients is clipped."""
+        self.tally.look(wait=True)
         lines = []
         for leaf in leaves(self):
             for index, group in enumerate(leaf.optimizer.param_groups):
@@ -188,14 +211,16 @@ class ChainedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The members' state dicts, in order, under "optimizers"."""
+        self.tally.look(wait=True)
         return {"optimizers": [member.state_dict() for member in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` saved; where one member refuses its part, those before it go back to what they had."""
-        saved = state_dict.get("optimizers", ())
+        saved = state_dict.get("optimizers", ()) if isinstance(state_dict, dict) else ()
         if len(saved) != len(self.optimizers):
             raise ValueError(f"the state dict is of {len(saved)} optimizers but the chain has {len(self.optimizers)}")
         before = self.state_dict()["optimizers"]
+        declared = [group.get("skip_grad_norm_clip", False) for group in self.param_groups]
         for loaded, (member, part) in enumerate(zip(self.optimizers, saved, strict=True)):
             try:
                 member.load_state_dict(part)
@@ -203,6 +228,15 @@ class ChainedOptimizer(Optimizer):
                 for member, part in zip(self.optimizers[:loaded], before, strict=False):
                     member.load_state_dict(part)
                 raise
+        for group, exempt in zip(self.param_groups, declared, strict=True):
+            group.setdefault("skip_grad_norm_clip", exempt)  # torch takes groups as they were saved
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler may have wrapped it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ChainedOptimizer":
+        # A process group cannot be copied; the copy of a chain measures with the same ranks.
+        memo |= {id(process_group): process_group for process_group in self.process_groups if process_group is not None}
+        twin = object.__new__(type(self))
+        twin.__setstate__(deepcopy(self.__getstate__(), memo))
+        return twin

@@ -53,8 +53,8 @@ def leaves(optimizer: Any, process_group: dist.ProcessGroup | None = None) -> li
         return [Leaf(optimizer, declared, process_group)]
     if any(getattr(member, "clips_itself", False) for member in members):
         raise ValueError("a chain inside another should have neither clip_grad nor grad_norm_skip_threshold; the outer one has")
-    process_groups = getattr(optimizer, "process_groups", [process_group] * len(members))
-    inside = [leaf for member, its in zip(members, process_groups, strict=True) for leaf in leaves(member, its)]
+    own = getattr(optimizer, "process_groups", [None] * len(members))
+    inside = [leaf for member, its in zip(members, own, strict=True) for leaf in leaves(member, its or process_group)]
     if declared and not (wraps and len(inside) == 1) and any(leaf.clips() for leaf in inside):
         raise ValueError(
             f"{type(optimizer).__name__} declares skip_grad_norm_clip but not all of its members do; declare it on each member"
@@ -64,11 +64,13 @@ def leaves(optimizer: Any, process_group: dist.ProcessGroup | None = None) -> li
 
 def norm(T: Tensor, norm_type: float = 2.0) -> Tensor:
     """The vector norm of all entries, in float64, without underflow or overflow on the way.   [SPEC: CLIP-4]"""
+    if T.layout != torch.strided:
+        raise RuntimeError("sparse gradients have no norm here; declare them exempt, or step them outside the chain")
+    if T.numel() == 0:
+        return T.new_zeros((), dtype=torch.float64)
     if T.dtype != torch.float64 or norm_type == math.inf:
         # The squares of all other types are normal numbers in float64.
-        return (
-            torch.linalg.vector_norm(T, norm_type, dtype=torch.float64) if T.numel() else T.new_zeros((), dtype=torch.float64)
-        )
+        return torch.linalg.vector_norm(T, norm_type, dtype=torch.float64)
     largest = norm(T, math.inf)
     unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     return unit * torch.linalg.vector_norm(T / unit, norm_type)
@@ -92,11 +94,15 @@ def split(group: Mapping[str, Any], exempt: bool, G: Tensor) -> tuple[list[Tenso
 
 
 def gradients(found: Iterable[Leaf]) -> Iterator[tuple[Mapping[str, Any], bool, Tensor]]:
-    """Every gradient with its group, and whether its whole optimizer is exempt."""
+    """Every gradient once, with its group, and whether its whole optimizer is exempt."""
+    seen = set()
     for leaf in found:
         for group in leaf.optimizer.param_groups:
-            grads = (p.grad for p in group["params"] if p.grad is not None)
-            yield from ((group, leaf.exempt, torch.view_as_real(G) if G.is_complex() else G) for G in grads)
+            for p in group["params"]:
+                if p.grad is None or id(p) in seen:
+                    continue
+                seen.add(id(p))
+                yield group, leaf.exempt, torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
 
 
 def device_of(found: Iterable[Leaf]) -> torch.device:
@@ -215,6 +221,9 @@ def _with_groups(optimizer: Any) -> Any:
     if isinstance(optimizer, Tensor) or (isinstance(optimizer, Iterable) and not hasattr(optimizer, "param_groups")):
         groups = [optimizer] if isinstance(optimizer, Tensor) else list(optimizer)
         if not all(isinstance(group, Mapping) for group in groups):
-            raise TypeError("clip_grad_norm_ takes the optimizer, which knows what is exempt, in place of its parameters")
+            raise TypeError(
+                "clip_grad_norm_ takes the optimizer, which knows what is exempt, in place of its parameters; for several "
+                "optimizers, a ChainedOptimizer"
+            )
         return SimpleNamespace(param_groups=groups)
     return optimizer

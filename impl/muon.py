@@ -51,8 +51,8 @@ class Muon(Optimizer):
         maximize: ascend instead of descend.
         skip_nonfinite: take no step in which anything is not finite; `skipped` counts them.   [SPEC: SKIP]
         process_group: the ranks that take or skip a step together; None for this process alone.
-        dump_nonfinite: path of a file for what the first such step was made of (torch.save); costs a host synchronization
-            in every step.
+        dump_nonfinite: path of a file for what the first such step was made of (torch.save; with a process group, one for
+            each rank that had a part in it); costs a host synchronization in every step.
 
     State: `momentum_buffer` for Muon, and `variance_buffer` for NorMuon, one number for a matrix's row; `exp_avg`,
     `exp_avg_sq`, `step` for AdamW; else shaped like the parameter, float32 unless the parameter is float64.
@@ -132,7 +132,7 @@ class Muon(Optimizer):
     @property
     def skipped(self) -> dict[str, Tensor]:
         """How many steps were skipped for which reason: int64, on the device, without waiting for it.   [SPEC: SKIP-5]"""
-        return {reason: self.guard.counts[code] for reason, code in REASONS.items()}
+        return {reason: self.guard.tally.counts[code].clone() for reason, code in REASONS.items()}
 
     def report(self) -> str:
         """A table of every parameter: shape, rule, algorithm, matrices, learning rate, clipping.   [SPEC: ROUTE-7]"""
@@ -164,10 +164,11 @@ class Muon(Optimizer):
     def _ready(self) -> list[Ready]:
         """The parameters that have a gradient; refuses before anything has changed.   [SPEC: ERR-3]"""
         every = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group in self.param_groups:
+            check_options(group, wait=False)  # a scheduler may have written to it
         for group, p in every:
             check_step(group, p, self.state.get(p, {}))
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        return [(group, p, partial(gradient, group, p, scale)) for group, p in every]
+        return [(group, p, partial(gradient, group, p, getattr(self, "grad_scale", None))) for group, p in every]
 
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""
@@ -178,8 +179,7 @@ class Muon(Optimizer):
 
     def _decide(self, prepared: list[Prepared]) -> Tensor | None:
         """The one decision of the step, over all groups and algorithms.   [SPEC: SKIP]"""
-        states = [magnitude for each in prepared for magnitude in each.states]
-        updates = [magnitude for each in prepared for magnitude in each.updates]
+        states, updates = ([T for each in prepared for T in getattr(each, kind)] for kind in ("states", "updates"))
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return self.guard.decide(states, updates, getattr(self, "found_inf", None), device)
 

@@ -12,6 +12,7 @@ from impl.layout import ALGORITHMS, Layout, check_layout
 from impl.schedules import schedule
 
 SCALES = (None, "original", "match_rms_adamw")
+SMALLEST = 2.0**-126  # float32's smallest normal number
 # Every option of a group.
 OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn",
@@ -38,8 +39,11 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str | None) -> float:
     return math.sqrt(max(1.0, m / n)) if n else 1.0
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option outside its range; the first words are torch.optim.Muon's where it has the check."""
+def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
+    """Raise ValueError for an option outside its range; the first words are torch.optim.Muon's where it has the check.
+
+    Without `wait`, tensors are taken on trust: to look at them would be to wait for their device.
+    """
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, found shape {tuple(lr.shape)}")
@@ -51,9 +55,13 @@ def check_options(group: Mapping[str, Any]) -> None:
         ("adamw_eps", group["adamw_eps"]),
         ("adamw_lr_ratio", group["adamw_lr_ratio"]),
     ):
+        if isinstance(value, Tensor) and not wait:
+            continue
         number = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
         if not number or not 0.0 <= float(value) < math.inf:
             raise ValueError(f"{label} should be >= 0 but is: {value}")
+    if not group["adamw_eps"] >= SMALLEST:
+        raise ValueError(f"adamw_eps should be >= {SMALLEST}, or nothing keeps 0 / 0 away, but is: {group['adamw_eps']}")
     if not group["momentum"] < 1:
         raise ValueError(f"momentum should be < 1 but is: {group['momentum']}")
     if group["adjust_lr_fn"] not in SCALES:

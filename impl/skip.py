@@ -4,6 +4,8 @@
 import os
 import warnings
 from collections.abc import Sequence
+from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,13 @@ def nonfinite(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
     return ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=device)
 
 
+def scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """A number that may be a tensor of one element, as a tensor without dimensions on `device`, without waiting."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, non_blocking=True)
+    return torch.full((), value, device=device)
+
+
 def agree(code: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     """The largest `code` of all ranks of the group, by one all-reduce of one byte.   [SPEC: SKIP-8]
 
@@ -42,32 +51,79 @@ def agree(code: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     return code
 
 
-class Guard:
-    """Decides, counts, and tells the host later.
+class Tally:
+    """Counts on the device what steps come to, and tells the host later.
 
-    `counts` holds the number of steps for each thing that a step can come to, int64 on the device of the decision.
+    Args:
+        who: the class whose steps are counted.
+        failures: for each number that a step can come to and that the host should hear of, a line with {} for the count.
+        size: one more than the largest number.
+    """
+
+    def __init__(self, who: str, failures: dict[int, str], size: int) -> None:
+        self.who, self.failures = who, failures
+        self.counts = torch.zeros(size, dtype=torch.int64)
+        self.told = 0  # the number of failures that the host was warned of last
+        self.copy: Tensor | None = None  # of counts, in pinned memory, once `copied` has happened
+        self.copied: torch.cuda.Event | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "copy": None, "copied": None}
+
+    def count(self, code: Tensor) -> None:
+        """Count a step that came to `code`, on the device where that is."""
+        self.counts = self.counts.to(code.device)
+        self.counts += torch.arange(len(self.counts), device=code.device) == code
+        if code.is_cuda and not torch.cuda.is_current_stream_capturing():
+            if self.copy is None:
+                self.copy, self.copied = torch.zeros_like(self.counts, device="cpu", pin_memory=True), torch.cuda.Event()
+            self.copy.copy_(self.counts, non_blocking=True)
+            self.copied.record()  # type: ignore[union-attr]
+
+    def look(self, wait: bool, speak: bool = True) -> None:
+        """Warn of the first failure, and whenever there are twice as many: never silent, never a line for every step.
+
+        Args:
+            wait: wait for the device; without it, look only at what is known already.
+            speak: give the warning, rather than leave that to another rank.
+        """
+        if wait or not self.counts.is_cuda:
+            counts = self.counts.tolist()
+        elif torch.cuda.is_current_stream_capturing() or self.copied is None or not self.copied.query():
+            return
+        else:
+            counts = self.copy.tolist()  # type: ignore[union-attr]
+        failed = sum(counts[code] for code in self.failures)
+        if failed.bit_length() > self.told.bit_length():
+            self.told = failed
+            if speak:
+                what = "; ".join(text.format(counts[code]) for code, text in self.failures.items() if counts[code])
+                warning = f"{self.who} has skipped {failed} step{'s' * (failed > 1)}: {what} (see {self.who}.skipped)"
+                warnings.warn(warning, RuntimeWarning, stacklevel=4)
+
+
+class Guard:
+    """Decides whether an optimizer's step is taken.
+
+    `dump` is the path for what the first failure was made of, None once that is written.
     """
 
     def __init__(self, skip_nonfinite: bool, process_group: dist.ProcessGroup | None, dump: str | os.PathLike[str] | None):
         if not isinstance(skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite should be True or False but is: {skip_nonfinite!r}")
+        if dump is not None and not Path(dump).absolute().parent.is_dir():
+            raise ValueError(f"dump_nonfinite should be a path in a directory that exists but is: {os.fspath(dump)}")
         self.skip_nonfinite, self.process_group, self.dump = skip_nonfinite, process_group, dump
-        self.counts = torch.zeros(1 + len(REASONS), dtype=torch.int64)
-        self.told = [0] * len(self.counts)  # the counts of which the host was warned last
-        self.copy: Tensor | None = None  # of counts, in pinned memory, once `copied` has happened
-        self.copied: torch.cuda.Event | None = None
+        self.tally = Tally("Muon", FAILURES, 1 + len(REASONS))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         # A process group cannot be copied; the copy of an optimizer decides with the same ranks.
-        twin = Guard(self.skip_nonfinite, self.process_group, self.dump)
-        twin.counts, twin.told = self.counts.clone(), list(self.told)
+        twin = copy(self)
+        twin.tally = deepcopy(self.tally, memo)
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "copy": None, "copied": None}
-
     def decide(
-        self, states: Sequence[Tensor], updates: Sequence[Tensor], found_inf: Tensor | None, device: torch.device
+        self, states: Sequence[Tensor], updates: Sequence[Tensor], found_inf: Tensor | float | None, device: torch.device
     ) -> Tensor | None:
         """What the step comes to, a uint8 on `device`; None where nothing could keep it from being taken.
 
@@ -82,50 +138,26 @@ class Guard:
         if self.skip_nonfinite:
             code = torch.maximum(nonfinite(updates, device) * ORTHOGONALIZATION, nonfinite(states, device) * GRADIENT)
         if found_inf is not None:
-            code = torch.maximum(code, (found_inf.reshape(()).to(device, non_blocking=True) != 0) * FOUND_INF)
+            code = torch.maximum(code, (scalar(found_inf, device) != 0) * FOUND_INF)
         code = agree(code.to(torch.uint8), self.process_group)
-        self._count(code)
+        self.tally.count(code)
         return code
-
-    def _count(self, code: Tensor) -> None:
-        self.counts = self.counts.to(code.device)
-        self.counts += torch.arange(len(self.counts), device=code.device) == code
-        if code.is_cuda and not torch.cuda.is_current_stream_capturing():
-            if self.copy is None:
-                self.copy, self.copied = torch.zeros_like(self.counts, device="cpu", pin_memory=True), torch.cuda.Event()
-            self.copy.copy_(self.counts, non_blocking=True)
-            self.copied.record()  # type: ignore[union-attr]
 
     def wants_dump(self, code: Tensor | None) -> bool:
         """Whether this decision is to be written down; waits for the device if there may be something to write."""
         return self.dump is not None and code is not None and int(code) in FAILURES
 
     def write_dump(self, culprits: dict[str, dict[str, Tensor]]) -> None:
-        """Save the first failure that is this rank's."""
-        if culprits and self.dump is not None:
-            torch.save(culprits, self.dump)
-            self.dump = None
+        """Save what is this rank's in the first failure; where that fails, training is more important."""
+        if not culprits or self.dump is None:
+            return
+        path = os.fspath(self.dump) + ("" if self.process_group is None else f".rank{dist.get_rank(self.process_group)}")
+        self.dump = None
+        try:
+            torch.save(culprits, path)
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"dump_nonfinite could not be written: {error}", RuntimeWarning, stacklevel=4)
 
     def look(self, wait: bool) -> None:
-        """Warn, on the group's first rank, when steps have failed.   [SPEC: SKIP-5]
-
-        Args:
-            wait: wait for the device; without it, look only at what is known already.
-        """
-        if wait or not self.counts.is_cuda:
-            counts = self.counts.tolist()
-        elif torch.cuda.is_current_stream_capturing() or self.copied is None or not self.copied.query():
-            return
-        else:
-            counts = self.copy.tolist()  # type: ignore[union-attr]
-        failed, known = (sum(each[code] for code in FAILURES) for each in (counts, self.told))
-        # At the first, and whenever there are twice as many: never silent, never a line for every step.
-        if failed.bit_length() > known.bit_length():
-            self.told = counts
-            if self.process_group is None or dist.get_rank(self.process_group) == 0:
-                what = "; ".join(text.format(counts[code]) for code, text in FAILURES.items() if counts[code])
-                warnings.warn(
-                    f"Muon has skipped {failed} step{'s' * (failed > 1)}: {what} (see Muon.skipped)",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+        """Warn, on the group's first rank, when steps have failed.   [SPEC: SKIP-5]"""
+        self.tally.look(wait, speak=self.process_group is None or dist.get_rank(self.process_group) == 0)

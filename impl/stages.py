@@ -10,7 +10,7 @@ from torch import Tensor
 from impl.layout import Layout, Section, cut, matrices
 from impl.options import lr_scale
 from impl.orthogonalize import orthogonalize
-from impl.skip import GRADIENT, ORTHOGONALIZATION, largest
+from impl.skip import GRADIENT, ORTHOGONALIZATION, largest, scalar
 from impl.state import state_dtype
 
 VARIANCE_FLOOR = 1e-8  # added to the root mean square of a row of O, which has no unit
@@ -38,12 +38,12 @@ def sections(group: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterato
         yield views[0][0], dict(zip(tensors, (view for _, view in views), strict=True))
 
 
-def gradient(group: Mapping[str, Any], p: Tensor, grad_scale: Tensor | None) -> Tensor:
+def gradient(group: Mapping[str, Any], p: Tensor, grad_scale: Tensor | float | None) -> Tensor:
     """p's descent gradient in the dtype of its state, contiguous, without the loss scale.   [SPEC: SKIP-9]"""
     assert p.grad is not None
     G = p.grad.to(state_dtype(p)).contiguous()
     if grad_scale is not None:
-        G = G / grad_scale.reshape(()).to(p.device, non_blocking=True)
+        G = G / scalar(grad_scale, p.device)
     return -G if group["maximize"] else G
 
 
@@ -83,10 +83,12 @@ def prepare(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G:
             O.append(orthogonalize(matrices(section, U), group["ns_coefficients"], group["ns_steps"], group["eps"]))
             states += [largest(M)] if check else []
         elif check:
-            # Where the squares are finite, so is the gradient, and the other average's next value if its last one was.
+            # Bounds of what the averages will be.
             beta2 = group["adamw_betas"][1]
-            squares = part["G"] * part["G"] * (1 - beta2) + part["exp_avg_sq"] * beta2
-            states += [largest(squares), largest(part["exp_avg"])]
+            states += [
+                largest(part["G"]).square() * (1 - beta2) + largest(part["exp_avg_sq"]) * beta2,
+                largest(part["exp_avg"]),
+            ]
     return Prepared(O, states, [largest(o) for o in O] if check else [])
 
 
@@ -105,7 +107,7 @@ def apply(
         if section.algorithm == "muon":
             momentum(part["momentum_buffer"], part["G"], group["momentum"], group["nesterov"])
             update = next(updates)
-            if "variance_buffer" in part:
+            if "variance_buffer" in part and update.numel():
                 V = matrices(section, part["variance_buffer"]).clone()
                 update = normalize_rows(update, V, group["normuon_beta2"])
                 part["variance_buffer"].copy_(V.reshape(part["variance_buffer"].shape))

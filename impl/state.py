@@ -53,7 +53,10 @@ def check_step(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor])
     if p.grad is not None and p.grad.layout != torch.strided:
         raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
     if state and set(state) != set(state_keys(group)):
-        raise RuntimeError(f"a group's options ask for state {state_keys(group)} but were others when {tuple(state)} was made")
+        raise RuntimeError(
+            f"a group's options ask for state {state_keys(group)} but {tuple(state)} was made with others; put them back, or "
+            "make a new optimizer"
+        )
     for key, value in state.items():
         if (value.shape, value.dtype, value.device) != form(group, key, p):
             raise RuntimeError(f"a parameter is {p.dtype} {tuple(p.shape)} on {p.device} and was not when its {key} was made")

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from impl import ChainedOptimizer, Layout, Muon, Section, clip_grad_norm_
 
+pytestmark = pytest.mark.filterwarnings("ignore:ChainedOptimizer has skipped:RuntimeWarning")
+
 MIXED = Layout(sections=(Section(4), Section(2, algorithm="adamw")))
 
 
@@ -32,10 +34,9 @@ class Wrapper:
         self.step = lambda: optimizer.step()
 
 
-class Failing(torch.optim.SGD):
+class Failing(torch.optim.AdamW):
     """Can be told to skip a step, and remembers what it was told."""
 
-    _step_supports_amp_scaling = True
     told = None
 
     def step(self, closure=None):
@@ -88,8 +89,7 @@ def test_on_the_device_and_on_the_host_the_bits_are_the_same(clip_norm, layout):
             give(ps, seed, scale)
             with Operations() as operations:
                 chain.step()
-            # On the CPU, torch's AdamW, which steps sections of Muon's, reads its count of steps.
-            assert layout is MIXED or ("aten::_local_scalar_dense" in operations.names) == on_host
+            assert ("aten::_local_scalar_dense" in operations.names) == on_host
         assert int(chain.skipped) == 2
         ends.append((*snapshot(ps, chain), [p.grad.nan_to_num() for p in ps]))
     assert same(*ends)
@@ -122,7 +122,7 @@ def test_a_chain_inside_is_told_too():
 @pytest.mark.parametrize("known", [None, 0.0, 1.0])
 def test_found_inf_is_as_it_was_also_after_an_error(known):
     ps = weights()
-    failing = Failing(ps[1:2], lr=0.1)
+    failing = Failing(ps[1:2], lr=0.1, fused=True)
     adamw, found_inf = torch.optim.AdamW(ps[2:], fused=True), None if known is None else torch.tensor(known)
     chain = ChainedOptimizer([Muon(ps[:1]), failing, adamw], grad_norm_skip_threshold=100.0)
     for member in chain.optimizers:
@@ -295,7 +295,7 @@ def test_a_sparse_gradient_has_no_norm_and_is_refused_before_anything_has_change
     chain = ChainedOptimizer([Muon(ps[:1]), torch.optim.SparseAdam(layer.parameters(), lr=0.1)], **policy)
     give(ps)
     before, G = [p.detach().clone() for p in (ps[0], layer.weight)], layer.weight.grad.to_dense()
-    with pytest.raises(RuntimeError, match="Sparse"):  # torch.nn.utils' error
+    with pytest.raises(RuntimeError, match="sparse gradients have no norm here"):
         chain.step()
     assert same([p.detach() for p in (ps[0], layer.weight)], before) and same(layer.weight.grad.to_dense(), G)
 

@@ -156,3 +156,64 @@ def test_options_that_would_need_other_state_are_refused_in_the_step():
     optimizer.param_groups[0]["normuon_beta2"] = 0.95
     with pytest.raises(RuntimeError, match="variance_buffer"):
         one_step(optimizer, torch.ones(2, 3))
+
+
+def test_a_dump_that_cannot_be_written_does_not_stop_the_training(tmp_path):
+    with pytest.raises(ValueError, match="dump_nonfinite should be a path in a directory that exists"):
+        Muon([nn.Parameter(torch.ones(2, 3))], dump_nonfinite=tmp_path / "nowhere" / "dump.pt")
+    (tmp_path / "gone").mkdir()
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))], dump_nonfinite=tmp_path / "gone" / "dump.pt")
+    (tmp_path / "gone").rmdir()
+    with pytest.warns(RuntimeWarning, match="dump_nonfinite could not be written"):
+        one_step(optimizer, torch.full((2, 3), NAN))
+    one_step(optimizer, torch.full((2, 3), NAN))
+    assert int(optimizer.skipped["gradient"]) == 2
+
+
+def test_counters_that_were_read_stay_as_they_were():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    before = optimizer.skipped["gradient"]
+    one_step(optimizer, torch.full((2, 3), NAN))
+    assert (int(before), int(optimizer.skipped["gradient"])) == (0, 1)
+
+
+def test_a_loss_scaler_may_say_zero_as_a_number():
+    """As GradScaler does for an optimizer without gradients beside one that has some."""
+    p, q = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    with_gradient, without = Muon([p]), Muon([q])
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(p.sum()).backward()
+    scaler.step(with_gradient)
+    scaler.step(without)
+    scaler.update()
+    assert not torch.equal(p, q)
+    assert torch.equal(q, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"), [("lr", NAN, "nan"), ("lr", None, "None"), ("adjust_lr_fn", "match_rms", "match_rms")]
+)
+def test_options_spoilt_after_construction_stop_the_step_before_anything_moves(option, value, word):
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3))]} for _ in range(2)]
+    optimizer = Muon(groups)
+    optimizer.param_groups[1][option] = value
+    with pytest.raises(ValueError, match=word):
+        one_step(optimizer, torch.ones(2, 3))
+    assert all(torch.equal(p, torch.ones(2, 3)) for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 0)])
+def test_normuon_has_nothing_to_say_of_empty_matrices(shape):
+    optimizer = Muon([nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(3, 3))], normuon_beta2=0.95)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_an_embedding_row_without_gradient_stays_finite():
+    table = nn.Embedding(4, 2)
+    optimizer = Muon(table.parameters(), algorithm="adamw", adamw_eps=2.0**-126)
+    table(torch.tensor([0])).sum().backward()
+    optimizer.step()
+    assert table.weight.isfinite().all()

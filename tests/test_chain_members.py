@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Members that a chain must not trust, lose or half-step: what a hostile reading of it found."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from impl import ChainedOptimizer, Muon, clip_grad_norm_
+
+INF = float("inf")
+
+
+def weight(size: float, shape: tuple[int, ...] = (4, 6)) -> nn.Parameter:
+    p = nn.Parameter(torch.zeros(shape))
+    p.grad = torch.full(shape, size)
+    return p
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:ChainedOptimizer has skipped:RuntimeWarning")
+def test_fused_sgd_is_not_told_to_skip_its_first_step():
+    """It would leave its momentum undefined."""
+    p = weight(1e6, (1000,))
+    chain = ChainedOptimizer([torch.optim.SGD([p], lr=0.1, momentum=0.9, fused=True)], grad_norm_skip_threshold=10.0)
+    chain.step()
+    assert not chain.state
+    p.grad = torch.zeros(1000)
+    chain.step()
+    assert torch.equal(p, torch.zeros(1000))
+
+
+def test_an_inner_chain_measures_over_the_outer_ones_process_group(alone, monkeypatch):
+    p, calls = weight(1.0), []
+    gather = dist.all_gather
+    monkeypatch.setattr(dist, "all_gather", lambda *args, **options: (calls.append(options["group"]), gather(*args, **options)))
+    inner = ChainedOptimizer([torch.optim.SGD([p])])
+    ChainedOptimizer([inner], clip_grad=0.1, process_groups=[alone]).step()
+    clip_grad_norm_(inner, 0.1, process_group=alone)
+    assert calls == [alone, alone]
+
+
+def test_what_was_exempt_on_all_ranks_stays_exempt(alone):
+    muon = Muon([weight(1.0)])
+    chain = ChainedOptimizer([muon], clip_grad=0.1, process_groups=[alone])
+    muon.add_param_group({"params": [weight(1.0, (3,))], "algorithm": "adamw"})
+    with pytest.raises(RuntimeError, match="build it again"):
+        chain.step()
+
+
+def test_chains_with_process_groups_can_be_copied(alone):
+    chain = ChainedOptimizer([Muon([weight(1.0)]), torch.optim.SGD([weight(1.0)])], clip_grad=0.1, process_groups=[alone, None])
+    twin = copy.deepcopy(chain)
+    twin.step()
+    assert twin.process_groups == [alone, None]
+    assert not any(state for state in chain.state.values())
+
+
+class Master:
+    """Gives the optimizer inside its gradients in its own step, too late for a chain."""
+
+    def __init__(self, p: nn.Parameter) -> None:
+        self.model, self.main = p, nn.Parameter(p.detach().clone())
+        self.optimizer = torch.optim.SGD([self.main])
+
+    def step(self) -> None:
+        self.main.grad = self.model.grad
+        self.optimizer.step()
+
+
+def test_gradients_that_come_too_late_to_be_clipped_are_an_error():
+    with pytest.raises(RuntimeError, match="neither measured nor clipped"):
+        ChainedOptimizer([Master(weight(1e6))], clip_grad=1.0).step()
+    ChainedOptimizer([Master(weight(1e6))]).step()
+
+
+def test_a_declaration_outlives_an_older_checkpoint():
+    def chain():
+        return ChainedOptimizer([torch.optim.AdamW([{"params": [weight(1.0)], "skip_grad_norm_clip": True}])], clip_grad=1.0)
+
+    old = chain().state_dict()
+    del old["optimizers"][0]["param_groups"][0]["skip_grad_norm_clip"]
+    loaded = chain()
+    loaded.load_state_dict(old)
+    assert loaded.report().endswith("clipped: none")
+
+
+def test_the_host_hears_of_steps_above_the_threshold():
+    p = weight(INF)
+    chain = ChainedOptimizer([torch.optim.SGD([p])], grad_norm_skip_threshold=1.0)
+    chain.step()
+    for count in (1, 2, 4):
+        while int(chain.skipped) < count:
+            chain.step()
+        with pytest.warns(RuntimeWarning, match=f"has skipped {count} steps?: in {count} the norm was above the threshold"):
+            chain.state_dict()
+    chain.state_dict()
+
+
+def test_groups_and_state_of_a_chain_are_not_to_be_written():
+    chain = ChainedOptimizer([torch.optim.SGD([weight(1.0)])])
+    with pytest.raises(TypeError):
+        chain.state[nn.Parameter(torch.zeros(1))] = {}
+    with pytest.raises(AttributeError):
+        chain.param_groups.append({})
+
+
+@pytest.mark.parametrize("saved", [None, [], {}, {"optimizers": []}, {"state": {}, "param_groups": []}])
+def test_what_is_no_state_dict_of_the_chain_is_refused(saved):
+    with pytest.raises(ValueError, match="0 optimizers but the chain has 1"):
+        ChainedOptimizer([torch.optim.SGD([weight(1.0)])]).load_state_dict(saved)
+
+
+def test_a_parameter_that_two_members_share_is_clipped_once():
+    p = weight(1.0)
+    clip_grad_norm_(SimpleNamespace(optimizers=[torch.optim.SGD([p]), torch.optim.SGD([p])]), 0.5)
+    assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
+
+
+def test_a_list_of_optimizers_is_not_a_chain():
+    with pytest.raises(TypeError, match="ChainedOptimizer"):
+        clip_grad_norm_([torch.optim.SGD([weight(1.0)])], 1.0)
