@@ -23,7 +23,10 @@ FAILURES = {
 
 def largest(T: Tensor) -> Tensor:
     """The largest magnitude in T, without dimensions: not finite if and only if an entry is not. Takes no memory."""
-    return torch.linalg.vector_norm(T, float("inf")) if T.numel() else T.new_zeros(())
+    if not T.numel():
+        return T.new_zeros(())
+    low, high = T.aminmax()  # NaN where there is one; many times faster on a CPU than vector_norm(inf)
+    return torch.maximum(high, -low)
 
 
 def nonfinite(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
