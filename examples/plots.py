@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: the loss of a run, the losses of a comparison, and the singular values of real momentum."""
+"""The pictures: the loss of a run, the losses of a comparison, the singular values of real momentum, and two faults."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from reference import polar_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's, which colour-blind readers can tell apart
 SHADES = {"muon": ("#7FC4EE", BLUE, "#00304D"), "adamw": ("#F5B183", ORANGE, "#6B2F00")}  # darker as lr grows
+SMOOTH = 5  # batches, in the pictures of faults
 
 
 def panels(count: int, width: float, title: str) -> tuple[Figure, Sequence[Axes]]:
@@ -93,3 +96,56 @@ def singular_values(run: Run, path: Path) -> None:
 def spectrum(X: Tensor) -> Tensor:
     """Singular values, largest first, in float64."""
     return torch.linalg.svdvals(X.cpu().double())
+
+
+def clip_fault(losses: Mapping[str, list[float]], fault: int, path: Path) -> None:
+    """The losses of four runs, by label, the baseline first and ours last; from step `fault` on, one gradient is huge."""
+    title = "One weight's gradient becomes huge, but harmless. Torch's clipping then undoes the training, ours does not."
+    ax, save = around(fault, f"from step {fault} on, one weight's\ngradient is $2^{{27}}$ times as large", title, path)
+    styles = ((GREY, "--"), (ORANGE, "-"), (SHADES["adamw"][2], "-"), (BLUE, "-"))
+    ends = {}
+    for (label, values), (color, line) in zip(losses.items(), styles, strict=True):
+        ends[label] = draw(ax, values, color, line)[-1], color
+    label_ends(ax, ends, len(values))
+    save()
+
+
+def nan_fault(losses: Mapping[str, list[float]], fault: int, path: Path) -> None:
+    """The losses of two runs, by label, without the guard and with it; in step `fault`, one number becomes NaN."""
+    title = "A single NaN: without the guard, the run is lost; with it, one step is"
+    ax, save = around(fault, f"step {fault}: NaN in one\nentry of one update", title, path)
+    (off, dead), (on, alive) = losses.items()
+    means = draw(ax, alive, BLUE, "-")
+    draw(ax, dead, ORANGE, "--")
+    label_ends(ax, {on: (means[-1], BLUE)}, len(alive))
+    end = fault, means[fault - 1]
+    ax.plot(*end, color=ORANGE, marker="x", markersize=11, markeredgewidth=3)
+    text = f"{off},\nthe loss is NaN from here on"
+    ax.annotate(text, end, (10, 14), textcoords="offset points", color=ORANGE)
+    save()
+
+
+def around(fault: int, text: str, title: str, path: Path) -> tuple[Axes, Callable[[], None]]:
+    """Axes for losses against steps, with a line at the fault that `text` tells of; and what saves the picture."""
+    figure, (ax,) = panels(1, 10, title)
+    ax.set(xlabel="step", ylabel=f"loss (nats per character), mean of {SMOOTH} batches")
+    ax.axvline(fault, color=GREY, linestyle=":")
+    ax.annotate(text, (fault, 0.98), (6, 0), ax.get_xaxis_transform(), "offset points", color=GREY, va="top")
+    return ax, lambda: figure.savefig(path)
+
+
+def draw(ax: Axes, losses: list[float], color: str, line: str) -> list[float]:
+    """Draw the running mean of losses, and return it."""
+    means = [fmean(losses[max(0, i - SMOOTH) : i]) for i in range(1, len(losses) + 1)]
+    ax.plot(range(1, len(means) + 1), means, color=color, linestyle=line, linewidth=2)
+    return means
+
+
+def label_ends(ax: Axes, texts: Mapping[str, tuple[float, str]], x: float) -> None:
+    """Write each text, of a height and a color, to the right of x, moved up where the one below is too near."""
+    ax.set_xlim(0, x)
+    low, high = ax.get_ylim()
+    y = -math.inf
+    for text, (height, color) in sorted(texts.items(), key=lambda item: item[1]):
+        y = max(height, y + 0.11 * (high - low))
+        ax.annotate(text, (x, y), (8, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)

@@ -87,6 +87,8 @@ class Run:
         seconds = time.perf_counter() - began + (self.metrics[-1]["seconds"] if self.metrics else 0.0)
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {step}; try an --lr below {self.options['lr']:g}")
+        if (skipped := self.skipped()) > step / 2:
+            raise InputError(f"{skipped} of {step} steps came to nothing finite; try an --lr below {self.options['lr']:g}")
         due = step % EVALUATE_EVERY == 0 or step == self.steps
         row = dict(zip(COLUMNS, (step, seconds, loss, self.evaluate() if due else None, lr), strict=True))
         self.metrics.append(row)
@@ -102,6 +104,10 @@ class Run:
         self.optimizer.step()
         self.scheduler.step()
         return loss.item()  # waits for the device, which keeps the caller's clock honest
+
+    def skipped(self) -> int:
+        """How many steps Muon has skipped."""
+        return sum(int(count) for count in self.optimizer.skipped.values()) if isinstance(self.optimizer, Muon) else 0
 
     @torch.no_grad()
     def evaluate(self) -> float:
