@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conformance import accept
 from conformance.campaign import Fault, everything, faults, gradients, run, scene
 from conformance.steps import parameters, take
-from conformance.strategies import DTYPES, HYPER, seeds, shapes, tensor
+from conformance.strategies import DTYPES, HYPER, LAYOUTS, seeds, shapes, tensor
 from conformance.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
@@ -52,6 +52,33 @@ def test_squares_that_overflow_change_nothing(skipping: Target, device):
     take(optimizer, named, step)
     assert accept.equal(everything(named, optimizer), before)
     assert skipping.skipped(optimizer)["gradient"] == 1
+
+
+@pytest.mark.clause("SKIP-1")
+@values
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_an_average_that_is_not_finite_changes_nothing_else(skipping: Target, device, key, value):
+    named, optimizer = scene(skipping, LAYOUT, torch.float32, device)
+    average = optimizer.state[named[-1][1]][key]
+    kept = average.clone()
+    before = everything(named, optimizer)
+    average[3] = value
+    take(optimizer, named, gradients(named, 30))
+    assert not average[3].isfinite()
+    average.copy_(kept)
+    assert accept.equal(everything(named, optimizer), before)
+    assert skipping.skipped(optimizer)["gradient"] == 1
+
+
+@pytest.mark.clause("SKIP-2")
+def test_the_last_of_many_matrices_counts(skipping: Target, device):
+    shape, layout = LAYOUTS["experts by rows"]
+    named = parameters([tensor(shape, 0)], device)
+    optimizer = skipping.optimizer(named, replace(HYPER, layout=layout))
+    with skipping.orthogonalizing(NAN):
+        take(optimizer, named, [tensor(shape, 1)])
+    accept.same_bits(actual=named[0][1], expected=tensor(shape, 0))
+    assert skipping.skipped(optimizer)["orthogonalization"] == 1
 
 
 @pytest.mark.clause("SKIP-1")

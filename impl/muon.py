@@ -157,8 +157,8 @@ class Muon(Optimizer):
         code = self._decide(prepared)
         if self.guard.wants_dump(code):
             self.guard.write_dump(self._culprits(ready, prepared))
-        for (group, p, G), (O, *_) in zip(ready, prepared, strict=True):
-            apply(group, p, self.state[p], G(), O, code)
+        for (group, p, G), each in zip(ready, prepared, strict=True):
+            apply(group, p, self.state[p], G(), each, code)
         return loss
 
     def _ready(self) -> list[Ready]:

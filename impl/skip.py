@@ -3,6 +3,7 @@
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from pathlib import Path
@@ -31,7 +32,10 @@ def largest(T: Tensor) -> Tensor:
 
 def nonfinite(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
     """Whether any of these is NaN or infinite: a bool on `device`."""
-    finite = [T.isfinite().to(device, non_blocking=True) for T in magnitudes]
+    alike = defaultdict(list)
+    for T in magnitudes:
+        alike[T.dtype, T.device].append(T)
+    finite = [torch.stack(each).isfinite().all().to(device, non_blocking=True) for each in alike.values()]
     return ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=device)
 
 
