@@ -148,10 +148,11 @@ class ChainedOptimizer(Optimizer):
         # A rank cannot know what is clipped in process groups that it is not in, but others in its own may.
         by_total = self.clip_norm == "global" and self.clip_grad is not None and (any_clipped or bool(shared))
         total = self.log_grad_norm or by_total
-        self.norms = GradNorms(None, None, None)
+        norms = GradNorms(None, None, None)
         if watches or clips or total:
             threshold, everything = grad_norms(found, 2.0, total, self.silent)
-            self.norms = GradNorms(everything, threshold if self.clip_norm == "own" else everything, threshold)
+            norms = GradNorms(everything, threshold if self.clip_norm == "own" else everything, threshold)
+        self.norms = norms
         return watches, clips
 
     def _skip(self) -> Tensor:

@@ -158,7 +158,7 @@ class Muon(Optimizer):
         if self.guard.wants_dump(code):
             self.guard.write_dump(self._culprits(ready, prepared))
         for (group, p, G), each in zip(ready, prepared, strict=True):
-            apply(group, p, self.state[p], G(), each, code)
+            apply(group, p, self.state[p], G() if "step" in self.state[p] else None, each, code)
         return loss
 
     def _ready(self) -> list[Ready]:

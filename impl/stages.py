@@ -111,9 +111,14 @@ def prepare(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G:
 
 
 def apply(
-    group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G: Tensor, prepared: Prepared, code: Tensor | None
+    group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G: Tensor | None, prepared: Prepared, code: Tensor | None
 ) -> None:
-    """VAR to STEP of one parameter, in the precision of its state, rounded once; `code` is the decision.   [SPEC: STEP-11]"""
+    """VAR to STEP of one parameter, in the precision of its state, rounded once.   [SPEC: STEP-11]
+
+    Args:
+        G: the gradient, which only AdamW needs.
+        code: the decision, or None where there was nothing to decide.
+    """
     skip = hold = None
     if code is not None:
         code = code.to(p.device, non_blocking=True)
@@ -123,7 +128,8 @@ def apply(
     W = p.to(state_dtype(p)).contiguous()
     step = state["step"] + 1 if "step" in state else None
     muon = zip(prepared.M, prepared.O, strict=True)
-    for section, part in sections(group, {"W": W, "G": G, **{key: value for key, value in state.items() if key != "step"}}):
+    tensors = {"W": W, **{key: value for key, value in state.items() if key != "step"}} | ({} if G is None else {"G": G})
+    for section, part in sections(group, tensors):
         if section.algorithm == "muon":
             M, O = next(muon)
             write(part["momentum_buffer"], M, hold)
