@@ -10,7 +10,7 @@ from torch import nn
 
 import impl
 from examples.model import HybridLM
-from impl.layout import Layout, cut, matrices
+from examples.run import pieces
 
 SYMBOLS = 103  # of the default text
 
@@ -28,17 +28,13 @@ def ours(model: HybridLM) -> list[torch.optim.Optimizer]:
 
 
 def torchs(model: HybridLM) -> list[torch.optim.Optimizer]:
-    for_muon, for_adamw = [], []
+    chosen = {"muon": [], "adamw": []}
     for group in impl.param_groups(model):
         for _, p in group["params"]:
-            if group["algorithm"] == "adamw":
-                for_adamw.append(nn.Parameter(p.detach().clone()))
-                continue
-            for section, view in cut(Layout.of(group["layout"]), p.detach()):
-                chosen = for_muon if section.algorithm == "muon" else for_adamw
-                chosen += [nn.Parameter(W.clone()) for W in matrices(section, view)]
-    gradients(for_muon + for_adamw)
-    return [torch.optim.Muon(for_muon, lr=0.02), torch.optim.AdamW(for_adamw, lr=0.002)]
+            for algorithm, W in pieces(group, p.detach()):
+                chosen[algorithm].append(nn.Parameter(W.clone()))
+    gradients(chosen["muon"] + chosen["adamw"])
+    return [torch.optim.Muon(chosen["muon"], lr=0.02), torch.optim.AdamW(chosen["adamw"], lr=0.002)]
 
 
 @pytest.mark.benchmark(group="one step of the example's model")

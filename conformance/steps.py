@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import reference
+from conformance import accept
 from conformance.strategies import HYPER, tensor
 from conformance.target import Hyper, Named, Target
 from conformance.targets.reference import Target as Reference
@@ -70,3 +71,14 @@ def run_fused_and_separate(
             p.grad = g.to(device)
         optimizer.step()
     return [M for _, M in separate(fused.detach().cpu(), layout)], [p.detach().cpu() for _, p in named]
+
+
+def accept_fused(target: Target, device, shape, layout, seed, hyper: Hyper = HYPER) -> None:
+    """A fused parameter steps as its matrices do apart, to the bit, and as the reference does."""
+    __tracebackhide__ = True
+    for a, b in zip(*run_fused_and_separate(target, device, shape, layout, seed, hyper), strict=True):
+        accept.same_bits(actual=a, expected=b)
+    W, gradients = tensor(shape, seed), [[tensor(shape, seed + 1 + i)] for i in range(3)]
+    hyper = replace(hyper, layout=layout)
+    (p,), _ = run(target, [W], gradients, hyper, device)
+    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype))

@@ -6,10 +6,11 @@ offer; the closing table then says "unsupported", never "passed". Nothing regist
 """
 
 import importlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,22 @@ class Target(Protocol):
     def report(self, model: nn.Module, **options: Any) -> str:
         """The routing report of an optimizer over the model."""
         ...
+
+
+@contextmanager
+def watching(module: Any, function: str, poison: float | None) -> Iterator[list[torch.Size]]:
+    """`Target.orthogonalizing` for an implementation that calls this function of a module."""
+    healthy, shapes = getattr(module, function), []
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        O = healthy(*args, **options)
+        shapes.append(O.shape)
+        if poison is not None:
+            O[(-1,) * O.ndim] = poison
+        return O
+
+    with mock.patch.object(module, function, watched):
+        yield shapes
 
 
 def load(path: str) -> Target:

@@ -36,10 +36,9 @@ import impl.stages
 from examples import plots
 from examples.data import Corpus, InputError, draw, read_text
 from examples.model import HybridLM
-from examples.run import BALANCE, LR, WEIGHT_DECAY
+from examples.run import BALANCE, LR, WEIGHT_DECAY, pieces
 from examples.train import RUNS, Parser, number
-from impl import Layout, Muon, clip_grad_norm_, orthogonalize, param_groups
-from impl.layout import cut, matrices
+from impl import Muon, clip_grad_norm_, orthogonalize, param_groups
 
 SEED = 0
 STEPS, SEQUENCES = 60, 16  # of a run; in a batch
@@ -66,13 +65,6 @@ class Story(NamedTuple):
     coefficients: list[float]  # what each step's clipping multiplied gradients with
     notes: list[str]  # what the optimizer warned of, and in which step
     skipped: dict[str, int]  # how many steps, for each reason
-
-
-def pieces(group: Mapping[str, Any], T: Tensor) -> list[tuple[str, Tensor]]:
-    """What our optimizer steps separately in a tensor of a parameter's shape, as views, with the algorithm for each."""
-    if group["algorithm"] == "adamw":
-        return [("adamw", T)]
-    return [(section.algorithm, W) for section, view in cut(Layout.of(group["layout"]), T) for W in matrices(section, view)]
 
 
 def torch_step(model: nn.Module) -> Callable[[], None]:

@@ -6,18 +6,20 @@ import math
 import os
 import pickle
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from examples.data import CONTEXT, Corpus, InputError, draw, in_order, read_text, unigram_entropy
 from examples.model import HybridLM
-from impl import Muon, param_groups
+from impl import Layout, Muon, param_groups
+from impl.layout import cut, matrices
 
 SEQUENCES = 32  # in a batch
 TOKENS = SEQUENCES * CONTEXT  # in a step
@@ -36,6 +38,13 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
         # The ratio of the two learning rates that are best here gives AdamW's share of the parameters AdamW's own best.
         return Muon(groups, lr=lr, weight_decay=WEIGHT_DECAY, adamw_lr_ratio=LR["adamw"] / LR["muon"])
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def pieces(group: Mapping[str, Any], T: Tensor) -> list[tuple[str, Tensor]]:
+    """What Muon steps separately in a tensor of a parameter's shape: each matrix and each AdamW section, with its algorithm."""
+    if group["algorithm"] == "adamw":
+        return [("adamw", T)]
+    return [(section.algorithm, W) for section, view in cut(Layout.of(group["layout"]), T) for W in matrices(section, view)]
 
 
 def warmup_then_linear(step: int, steps: int) -> float:

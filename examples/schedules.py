@@ -14,9 +14,8 @@ import argparse
 import numpy as np
 import torch
 
-from examples.run import Run
-from impl import Layout, Muon
-from impl.layout import cut, matrices
+from examples.run import Run, pieces
+from impl import Muon
 from reference import Schedule, schedule
 from reference.schedules import polar_express_s4
 
@@ -36,9 +35,8 @@ def spectra(optimizer: Muon) -> list[np.ndarray]:
     found = []
     for group in optimizer.param_groups:
         for p in group["params"] if group["algorithm"] == "muon" else ():
-            for section, view in cut(Layout.of(group["layout"]), optimizer.state[p]["momentum_buffer"]):
-                if section.algorithm == "muon":
-                    found += list(torch.linalg.svdvals(matrices(section, view).double()).numpy())
+            parts = pieces(group, optimizer.state[p]["momentum_buffer"])
+            found += [torch.linalg.svdvals(M.double()).numpy() for algorithm, M in parts if algorithm == "muon"]
     return [s for s in found if s[0] > 0]
 
 

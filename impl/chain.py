@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, device_of, grad_norms, gradients, leaves, scale
 from impl.muon import Muon
-from impl.skip import Tally, scalar
+from impl.skip import Tally, agree, scalar
 
 
 class ChainedOptimizer(Optimizer):
@@ -81,8 +81,7 @@ class ChainedOptimizer(Optimizer):
             if process_group is not None:
                 mine = any(leaf.clips() for leaf in found if leaf.process_group is process_group)
                 flag = torch.tensor(mine, dtype=torch.uint8, device=device_of(found))
-                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=process_group)
-                silent |= set() if bool(flag) else {process_group}
+                silent |= set() if bool(agree(flag, process_group)) else {process_group}
         return silent
 
     @property
@@ -128,9 +127,9 @@ class ChainedOptimizer(Optimizer):
         if clips:
             factor = coefficient(torch.as_tensor(self.norms.clipped), float(self.clip_grad or 0.0), self.floor)
             scale(found, factor if skip is None else torch.where(skip, 1.0, factor))
-        unseen = [leaf for leaf in found if not list(gradients([leaf]))] if watches or clips else []
+        unseen = [leaf for leaf in found if not any(True for _ in gradients([leaf]))] if watches or clips else []
         self._step_members(found, skip)
-        if list(gradients(unseen)):
+        if any(True for _ in gradients(unseen)):
             raise RuntimeError(
                 "a wrapper gave its optimizer gradients in its own step only, so they were neither measured nor clipped; have "
                 "it give them before the chain's step"

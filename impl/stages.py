@@ -34,7 +34,7 @@ def pieces(group: Mapping[str, Any], T: Tensor) -> list[tuple[Section, Tensor]]:
 
 def sections(group: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Section, dict[str, Tensor]]]:
     """Each part of a parameter that is stepped differently, with its views of the parameter's contiguous tensors."""
-    parts = [pieces(group, T) for name, T in tensors.items()]
+    parts = [pieces(group, T) for T in tensors.values()]
     for views in zip(*parts, strict=True):
         yield views[0][0], dict(zip(tensors, (view for _, view in views), strict=True))
 

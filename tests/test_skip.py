@@ -209,6 +209,8 @@ def test_normuon_has_nothing_to_say_of_empty_matrices(shape):
         p.grad = torch.ones_like(p)
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+    assert [tuple(state["variance_buffer"].shape) for state in optimizer.state.values()] == [(shape[0], 1), (3, 1)]
+    assert all(state["variance_buffer"].isfinite().all() for state in optimizer.state.values())
 
 
 def test_an_embedding_row_without_gradient_stays_finite():

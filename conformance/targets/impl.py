@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """This repository's implementation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 import impl
 import impl.stages
-from conformance.target import Hyper, Named, Norms
+from conformance.target import Hyper, Named, Norms, watching
 
 
 class Target:
@@ -55,19 +54,8 @@ class Target:
             return {"threshold": int(optimizer.skipped)}
         return {reason: int(count) for reason, count in optimizer.skipped.items()}
 
-    @contextmanager
-    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
-        shapes = []
-
-        def watched(*args: Any, **options: Any) -> Tensor:
-            O = impl.orthogonalize(*args, **options)
-            shapes.append(O.shape)
-            if poison is not None:
-                O[-1, -1, -1] = poison
-            return O
-
-        with mock.patch.object(impl.stages, "orthogonalize", watched):
-            yield shapes
+    def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
+        return watching(impl.stages, "orthogonalize", poison)
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         return {

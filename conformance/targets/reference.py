@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The float64 reference: what it cannot pass, the suite asks wrongly."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 import reference
 import reference.muon
-from conformance.target import Hyper, Named, Norms, Unsupported
+from conformance.target import Hyper, Named, Norms, Unsupported, watching
 
 
 class Target:
@@ -54,19 +53,8 @@ class Target:
     def skipped(self, optimizer: Any) -> dict[str, int]:
         return dict(optimizer.skipped) if isinstance(optimizer.skipped, dict) else {"threshold": optimizer.skipped}
 
-    @contextmanager
-    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
-        shapes = []
-
-        def watched(*args: Any, **options: Any) -> Tensor:
-            O = reference.orthogonalize(*args, **options)
-            shapes.append(O.shape)
-            if poison is not None:
-                O[-1, -1, -1] = poison
-            return O
-
-        with mock.patch.object(reference.muon, "orthogonalize", watched):
-            yield shapes
+    def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
+        return watching(reference.muon, "orthogonalize", poison)
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         raise Unsupported("the reference has no models")

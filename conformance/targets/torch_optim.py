@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.optim.Muon, with the epsilon that it has unless told otherwise."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Norms, Unsupported
+from conformance.target import Hyper, Named, Norms, Unsupported, watching
 
 
 class Target:
@@ -59,19 +58,8 @@ class Target:
     def skipped(self, optimizer: Any) -> dict[str, int]:
         raise Unsupported("it skips no steps")
 
-    @contextmanager
-    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
-        healthy, shapes = _muon._zeropower_via_newtonschulz, []
-
-        def watched(*args: Any, **options: Any) -> Tensor:
-            O = healthy(*args, **options)
-            shapes.append(O.shape)
-            if poison is not None:
-                O[-1, -1] = poison
-            return O
-
-        with mock.patch.object(_muon, "_zeropower_via_newtonschulz", watched):
-            yield shapes
+    def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
+        return watching(_muon, "_zeropower_via_newtonschulz", poison)
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         raise Unsupported("it has no routing")
