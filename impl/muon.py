@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from impl.layout import Layout
 from impl.options import algorithms, check_options, check_parameters, names
+from impl.plan import Plan, planned, plans
 from impl.report import report
 from impl.schedules import Coefficients
 from impl.skip import REASONS, Guard, nonfinite
@@ -110,6 +111,7 @@ class Muon(Optimizer):
         }
         check_options(defaults)
         self.guard = Guard(skip_nonfinite, process_group, dump_nonfinite)
+        self.plans: dict[torch.device, Plan] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -153,11 +155,20 @@ class Muon(Optimizer):
         ready = self._ready()
         if ready:
             self._init_state()
-        prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite) for group, p, G in ready]
+        self._plan(ready)
+        for plan in self.plans.values():
+            plan.prepare(self.state, getattr(self, "grad_scale", None))
+        # What is planned and has no part for AdamW is done.
+        rest = [(group, p, G) for group, p, G in ready if "step" in self.state[p] or not planned(group, p)]
+        prepared = [
+            prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, planned(group, p)) for group, p, G in rest
+        ]
         code = self._decide(prepared)
         if self.guard.wants_dump(code):
-            self.guard.write_dump(self._culprits(ready, prepared))
-        for (group, p, G), each in zip(ready, prepared, strict=True):
+            self.guard.write_dump(self._culprits(rest, prepared))
+        for plan in self.plans.values():
+            plan.apply(code)
+        for (group, p, G), each in zip(rest, prepared, strict=True):
             apply(group, p, self.state[p], G() if "step" in self.state[p] else None, each, code)
         return loss
 
@@ -170,6 +181,12 @@ class Muon(Optimizer):
             check_step(group, p, self.state.get(p, {}))
         return [(group, p, partial(gradient, group, p, getattr(self, "grad_scale", None))) for group, p in every]
 
+    def _plan(self, ready: list[Ready]) -> None:
+        """What the kernels do in this step, if anything, also with parameters without a gradient: those come and go."""
+        every = [(group, p) for group in self.param_groups for p in group["params"]] if ready else []
+        entries = [(group, p) for group, p in every if self.state.get(p) and planned(group, p)]
+        self.plans = plans(self.plans, entries, self.state, getattr(self, "grad_scale", None) is not None)
+
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""
         for group in self.param_groups:
@@ -180,18 +197,22 @@ class Muon(Optimizer):
     def _decide(self, prepared: list[Prepared]) -> Tensor | None:
         """The one decision of the step, over all groups and algorithms.   [SPEC: SKIP]"""
         states, updates = ([T for each in prepared for T in getattr(each, kind)] for kind in ("states", "updates"))
+        for plan in self.plans.values():
+            before, after = plan.magnitudes()
+            states.append(before)
+            updates.append(after)
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return self.guard.decide(states, updates, getattr(self, "found_inf", None), device)
 
-    def _culprits(self, ready: list[Ready], prepared: list[Prepared]) -> dict[str, dict[str, Tensor]]:
+    def _culprits(self, rest: list[Ready], prepared: list[Prepared]) -> dict[str, dict[str, Tensor]]:
         """Gradient and state before the step, by name, of every parameter that kept it from being taken."""
-        groups = enumerate(self.param_groups)
+        groups = list(enumerate(self.param_groups))
         label = {p: name for i, group in groups for name, p in zip(names(group, i), group["params"], strict=True)}
-        return {
-            label[p]: {"gradient": G(), **self.state[p]}
-            for (_, p, G), each in zip(ready, prepared, strict=True)
-            if bool(nonfinite([*each.states, *each.updates], p.device))
-        }
+        home = {p: group for group in self.param_groups for p in group["params"]}
+        bad = [p for (_, p, _), each in zip(rest, prepared, strict=True) if nonfinite([*each.states, *each.updates], p.device)]
+        bad += [p for plan in self.plans.values() for p in plan.culprits()]
+        scale = getattr(self, "grad_scale", None)
+        return {label[p]: {"gradient": gradient(home[p], p, scale), **self.state[p]} for p in bad}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, complete for every trainable parameter once there is any state, with options as plain data.
@@ -241,6 +262,7 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.plans = {}  # they hold addresses of the original's tensors
         self.defaults.pop("differentiable", None)  # torch adds it here, and our constructor does not take it
         for group in self.param_groups:
             for option, value in self.defaults.items():

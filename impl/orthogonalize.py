@@ -7,6 +7,7 @@ X is m x n with m <= n (a tall matrix is transposed first); A = X X^T is its Gra
 import torch
 from torch import Tensor
 
+from impl.plan import DTYPES, usable
 from impl.schedules import Coefficients, Quintic, Schedule, schedule
 
 
@@ -37,8 +38,13 @@ def orthogonalize(X: Tensor, ns_coefficients: Coefficients = "polar_express_s4",
         raise TypeError(f"X should be real floating point but is {X.dtype}")
     if X.numel() == 0:
         return X.clone()
+    batch = X.detach() if X.ndim == 3 else X.detach()[None]
+    if usable(X.device) and X.dtype in DTYPES:
+        from impl.kernels.orthogonalize import orthogonalize as fast
+
+        return fast(batch, plan, float(eps)).view(X.shape)
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
-        return _orthogonalize(X if X.ndim == 3 else X[None], plan, eps).to(X.dtype).view(X.shape)
+        return _orthogonalize(batch, plan, eps).to(X.dtype).view(X.shape)
 
 
 def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:

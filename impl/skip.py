@@ -34,8 +34,8 @@ def nonfinite(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
     """Whether any of these is NaN or infinite: a bool on `device`."""
     alike = defaultdict(list)
     for T in magnitudes:
-        alike[T.dtype, T.device].append(T)
-    finite = [torch.stack(each).isfinite().all().to(device, non_blocking=True) for each in alike.values()]
+        alike[T.dtype, T.device].append(T.reshape(-1))
+    finite = [torch.cat(each).isfinite().all().to(device, non_blocking=True) for each in alike.values()]
     return ~torch.stack(finite).all() if finite else torch.zeros((), dtype=torch.bool, device=device)
 
 

@@ -23,6 +23,7 @@ class Prepared(NamedTuple):
     O: list[Tensor]  # and its orthogonalized update, (B, m, n)
     states: list[Tensor]  # the largest magnitudes in what momentum and averages would become
     updates: list[Tensor]  # those in O
+    planned: bool = False  # whether its matrices are stepped by kernels (plan.py), and here is AdamW's part alone
 
 
 def pieces(group: Mapping[str, Any], T: Tensor) -> list[tuple[Section, Tensor]]:
@@ -32,11 +33,18 @@ def pieces(group: Mapping[str, Any], T: Tensor) -> list[tuple[Section, Tensor]]:
     return cut(Layout.of(group["layout"]), T)
 
 
-def sections(group: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Section, dict[str, Tensor]]]:
-    """Each part of a parameter that is stepped differently, with its views of the parameter's contiguous tensors."""
+def sections(
+    group: Mapping[str, Any], tensors: Mapping[str, Tensor], planned: bool = False
+) -> Iterator[tuple[Section, dict[str, Tensor]]]:
+    """Each part of a parameter that is stepped differently, with its views of the parameter's contiguous tensors.
+
+    With `planned`, AdamW's parts alone.
+    """
     parts = [pieces(group, T) for T in tensors.values()]
     for views in zip(*parts, strict=True):
-        yield views[0][0], dict(zip(tensors, (view for _, view in views), strict=True))
+        section = views[0][0]
+        if not (planned and section.algorithm == "muon"):
+            yield section, dict(zip(tensors, (view for _, view in views), strict=True))
 
 
 def gradient(group: Mapping[str, Any], p: Tensor, grad_scale: Tensor | float | None) -> Tensor:
@@ -90,11 +98,13 @@ def adamw(group: Mapping[str, Any], part: Mapping[str, Tensor], step: Tensor, lr
     return {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
-def prepare(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G: Tensor, check: bool) -> Prepared:
-    """MOM and ORTH of one parameter, and with `check` what the decision depends on."""
-    prepared = Prepared([], [], [], [])
+def prepare(
+    group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G: Tensor, check: bool, planned: bool
+) -> Prepared:
+    """MOM and ORTH of one parameter, and with `check` what the decision depends on; with `planned`, of AdamW's part only."""
+    prepared = Prepared([], [], [], [], planned)
     averages = {key: value for key, value in state.items() if key not in ("step", "variance_buffer")}
-    for section, part in sections(group, {"G": G, **averages}):
+    for section, part in sections(group, {"G": G, **averages}, planned):
         if section.algorithm == "muon":
             M, U = momentum(part["momentum_buffer"], part["G"], group["momentum"], group["nesterov"])
             O = orthogonalize(matrices(section, U), group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -129,7 +139,7 @@ def apply(
     step = state["step"] + 1 if "step" in state else None
     muon = zip(prepared.M, prepared.O, strict=True)
     tensors = {"W": W, **{key: value for key, value in state.items() if key != "step"}} | ({} if G is None else {"G": G})
-    for section, part in sections(group, tensors):
+    for section, part in sections(group, tensors, prepared.planned):
         if section.algorithm == "muon":
             M, O = next(muon)
             write(part["momentum_buffer"], M, hold)

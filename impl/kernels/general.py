@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product of a square and a wide matrix, D = alpha A X: float16 in and out, float32 sums."""
+
+from collections.abc import Callable
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impl.kernels.launch import describe, launch, processors, tiles
+
+ROWS, COLUMNS, DEPTH = 128, 256, 64
+
+
+@triton.jit(do_not_specialize=["batch", "m", "n"])
+def general_kernel(
+    a, x, d, alphas, largest, alpha, batch, m, n,
+    LARGEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One program computes every `num_programs`-th tile, matrix by matrix and down the columns."""
+    down = m // ROWS
+    tiles = down * tl.cdiv(n, COLUMNS)
+    # Flattened, so that the next tile's loads are under way while this one is stored.
+    for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
+        matrix = tile // tiles
+        t = tile % tiles
+        row = t % down * ROWS
+        column = t // down * COLUMNS
+        top = matrix * m
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, m, DEPTH):
+            sums = tl.dot(a.load([top + row, k]), x.load([top + k, column]), sums)
+        D = sums * (alpha * tl.load(alphas + matrix))
+        if LARGEST:
+            # The magnitude's bits order as the magnitudes do, with infinity and NaN above all.
+            bits = D.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            tl.atomic_max(largest + matrix, tl.max(tl.max(bits, 1), 0))
+        # In two halves: a whole tile in float16 would not fit beside the tiles that are being loaded.
+        left, right = D.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        d.store([top + row, column], left.to(tl.float16))
+        d.store([top + row, column + COLUMNS // 2], right.to(tl.float16))
+
+
+def general(
+    A: Tensor, X: Tensor, D: Tensor, alphas: Tensor, alpha: float = 1.0, largest: Tensor | None = None
+) -> Callable[[], None]:
+    """A launch of D = alpha A X.
+
+    Args:
+        A: (B, m, m) float16, m a multiple of ROWS.
+        X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole.
+        alphas: (B,) float32, multiplies `alpha`.
+        largest: (B,) int32, raised to the bits of D's largest magnitude in float32; not finite if an entry is not.
+    """
+    batch, m, n = X.shape
+    arguments = dict(
+        a=describe(A, ROWS, DEPTH),
+        x=describe(X, DEPTH, COLUMNS),
+        d=describe(D, ROWS, COLUMNS // 2),
+        alphas=alphas,
+        largest=alphas if largest is None else largest,
+        alpha=alpha,
+        batch=batch,
+        m=m,
+        n=n,
+        LARGEST=largest is not None,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+    )
+    programs = min(batch * (m // ROWS) * tiles(n, COLUMNS), processors(X.device))
+    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3)
+
+
+def oracle(A: Tensor, X: Tensor, alpha: Tensor) -> Tensor:
+    """The same in float32."""
+    return A.float() @ X.float() * alpha[:, None, None]

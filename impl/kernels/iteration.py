@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches that orthogonalize a batch, and the memory that they need.
+
+A square matrix is iterated as it stands: X <- (a I + b A + c A^2) X with A = X X^T. For a wide one it is cheaper to
+iterate its Gram matrix: with Q = a I + b R + c R^2, the Gram matrix of Q X is R Q^2, and the factors Q of several steps
+are collected before X is multiplied (gram-newton-schulz, Dao-AILab 2025). R's rounding errors grow from step to step, so X
+is multiplied and R made from it again after every 2 steps; the last 3 may go together, where singular values are close.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from impl.kernels import scales as scale
+from impl.kernels.general import general
+from impl.kernels.launch import tiles
+from impl.kernels.symmetric import TILE, symmetric
+from impl.schedules import Quintic, Schedule
+
+Launches = list[Callable[[], None]]
+
+
+def padded(m: int) -> int:
+    """The rows that a matrix of m rows takes in a batch; those beyond m are zero throughout."""
+    return tiles(m, TILE) * TILE
+
+
+def stride(m: int, n: int) -> int:
+    """The distance of rows in a batch: a multiple of 16 bytes, and enough for m x m matrices to fit in its memory."""
+    return max(tiles(n, 8) * 8, padded(m))
+
+
+def batch_numbers(m: int, n: int) -> int:
+    """The float16 numbers that a matrix takes in a batch."""
+    return padded(m) * stride(m, n)
+
+
+def batch(memory: Tensor, B: int, m: int, n: int) -> Tensor:
+    """B matrices, m <= n, in float16 memory: (B, padded(m), n)."""
+    return memory[: B * batch_numbers(m, n)].view(B, padded(m), stride(m, n))[:, :, :n]
+
+
+def segments(coefficients: tuple[Quintic, ...], square: bool) -> list[tuple[Quintic, ...]]:
+    """The quintics between two products with X."""
+    steps, length = len(coefficients), 1 if square else 2
+    runs = [coefficients[i : i + length] for i in range(0, steps, length)]
+    if not square and steps % 2 and steps >= 5:
+        runs[-2:] = [coefficients[-3:]]
+    return runs
+
+
+def scratch_numbers(m: int, n: int) -> int:
+    """The float16 numbers that an iteration works in for each matrix, beside the batch in which it ends."""
+    return batch_numbers(m, n) + (1 if m == n else 3) * padded(m) ** 2
+
+
+def shares(B: int, m: int, device: torch.device) -> Tensor:
+    """Memory for the norms of B Gram matrices, by tile."""
+    strips = padded(m) // TILE
+    return torch.empty(B, strips * (strips + 1) // 2, device=device)
+
+
+def iteration(
+    O: Tensor, m: int, schedule: Schedule, eps: float, memory: Tensor, shares: Tensor, scales: Tensor, largest: Tensor, finite: Tensor
+) -> tuple[Tensor, Launches]:
+    """Where the matrices are to be put, and the launches that leave them orthogonalized in O.   [SPEC: ORTH-1 to ORTH-12]
+
+    Args:
+        O: (B, padded(m), n) float16, a part of a batch.
+        memory: `scratch_numbers` float16 for each matrix.
+        shares: as from `shares`, or longer.
+        scales: (ROWS, B) float32, ones.
+        largest: (B,) int32, the bits of the matrices' largest magnitudes, which brought them to [2^13, 2^14).
+        finite: (B,) int32, zeros; raised to the bits of the largest magnitudes in O.
+    """
+    B, M, n = O.shape
+    square = m == n
+    spare = batch(memory, B, m, n)
+    rest = memory[B * batch_numbers(m, n) :]
+    squares = [rest[i * B * M * M : (i + 1) * B * M * M].view(B, M, M) for i in range(1 if square else 3)]
+    runs = segments(schedule.coefficients, square)
+    # Every run takes X from one batch to the other.
+    X, other = (spare, O) if len(runs) % 2 else (O, spare)
+    begin = X
+    Q, P, R = (*squares, None, None)[:3]
+    one, norm = scales[scale.ONE], "squares" if schedule.norm == "schatten4" else "trace"
+    gram = 2.0 ** -(13 + math.ceil(math.log2(n)))  # so that no entry of the Gram matrix exceeds 2^15
+    launches: Launches = []
+    for r, run in enumerate(runs):
+        first, last = r == 0, r == len(runs) - 1
+        # Until this run ends, the other batch's memory is free for a square matrix: A here, or else the factors Z.
+        free = other.as_strided((B, M, M), (M * M, M, 1))
+        A = free if R is None else R
+        if first:
+            launches.append(symmetric(X, X, A, one, gram, **{norm: shares[:B]}))
+            launches.append(scale.scales(shares[:B], largest, scales, gram, schedule.margin, eps, norm == "squares"))
+        else:
+            launches.append(symmetric(X, X, A, one))
+        for i, (a, b, c) in enumerate(run):
+            raw = first and i == 0  # A is not normalised yet
+            alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
+            Z = free if i else Q
+            launches.append(symmetric(A, A, Z, scales[alphas], c, quadratic=(scales[betas], b, a)))
+            if i:
+                launches.append(symmetric(Q, Z, P, one))
+                Q, P = P, Q
+            if i < len(run) - 1:
+                launches.append(symmetric(A, Z, P, scales[scale.GRAM if raw else scale.ONE]))
+                launches.append(symmetric(P, Z, A, one))
+        k = {(True, True): scale.UNIT_T, (True, False): scale.UNIT, (False, True): scale.T}.get((first, last), scale.ONE)
+        launches.append(general(Q, X, other, scales[k], largest=finite if last else None))
+        X, other = other, X
+    return begin, launches

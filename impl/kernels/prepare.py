@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From gradients and momenta to matrices ready for orthogonalization.
+
+Two passes, because float16 needs a scale that is known only when everything has been read: the first finds each
+matrix's largest magnitude; the second writes its update direction, brought by a power of two to [2^13, 2^14), as one wide
+matrix of a batch. Momenta are not written: whether the step is taken is not known yet, and `apply` can make them again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from impl.kernels.launch import launch, tiles
+from impl.kernels.places import SIDE, array, offsets, tile_of
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Source(NamedTuple):
+    """Matrices of one shape from parameters of one group; see `places.py` for the tables.
+
+    `hyper` is (4,) float64: the group's lr, weight_decay, momentum, and 1 or -1 for the sign of the gradient;
+    `grad_scale` is a float32 that gradients are divided by, or None.
+    """
+
+    places: Tensor
+    pointers: Tensor
+    parameters: int
+    rows: int
+    columns: int
+    weight: torch.dtype
+    gradient: torch.dtype
+    momentum: bool  # False: the gradient is what is to be orthogonalized
+    nesterov: bool
+    aligned: bool  # every row begins at a multiple of 16 bytes and of 8 entries, and so does what follows it
+    hyper: Tensor
+    grad_scale: Tensor | None
+
+    def arguments(self) -> dict:
+        """What the kernels have in common."""
+        return dict(
+            places=self.places,
+            pointers=self.pointers,
+            hyper=self.hyper,
+            grad_scale=self.hyper if self.grad_scale is None else self.grad_scale,
+            parameters=self.parameters,
+            rows=self.rows,
+            columns=self.columns,
+            GRADIENT=DTYPES[self.gradient],
+            SCALED=self.grad_scale is not None,
+            MOMENTUM=self.momentum,
+            NESTEROV=self.nesterov,
+            ALIGNED=self.aligned,
+            SIDE=SIDE,
+        )
+
+
+@triton.jit
+def direction(
+    places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The new momentum and the update direction of a tile, in float32; zeros where there is no gradient.
+
+    Nothing is fused (enable_fp_fusion=False), so both passes and `apply` see the same bits.   [SPEC: MOM-1, MOM-2, SKIP-9]
+    """
+    index = tl.load(places + matrix.to(tl.int64) * 5)
+    address = tl.load(pointers + 2 * parameters + index)
+    inside = inside & (address != 0)
+    at = offsets(places, matrix, r, c, ALIGNED)
+    G = tl.load(array(address, GRADIENT, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        G = tl.div_rn(G, tl.load(grad_scale) + tl.zeros_like(G))
+    M = G
+    U = G
+    if MOMENTUM:
+        beta = tl.load(hyper + 2)
+        M = tl.load(array(tl.load(pointers + parameters + index), tl.float32, ALIGNED) + at, mask=inside, other=0.0)
+        new = G * ((1.0 - beta) * tl.load(hyper + 3)).to(tl.float32)
+        M = M * beta.to(tl.float32) + new
+        U = M
+        if NESTEROV:
+            U = new + M * beta.to(tl.float32)
+    return M, U
+
+
+@triton.jit
+def shift(bits):
+    """The power of two that brings a float32, given by its bits, to [2^13, 2^14): float16 has 29 orders below that."""
+    lifted = (bits.to(tl.float32, bitcast=True) * 18446744073709551616.0).to(tl.int32, bitcast=True)  # by 2^64
+    exponent = tl.where(bits < 0x00800000, (lifted >> 23) - 64, bits >> 23) - 127
+    return 13 - exponent
+
+
+@triton.jit
+def power(x, exponent):
+    """x times 2^exponent, up to 252 either way: as two factors, because a single one might not be a normal number."""
+    half = exponent >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return x * first * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["parameters", "rows", "columns"])
+def largest_kernel(
+    places, pointers, hyper, grad_scale, largest, parameters, rows, columns,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Raise a matrix's `largest` to the bits of the largest magnitude in a tile; infinity and NaN order above all."""
+    down, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
+    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, ALIGNED)
+    _, U = direction(
+        places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters, GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED
+    )
+    bits = U.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(largest + matrix, tl.max(tl.max(bits, 1), 0))
+
+
+@triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride"])
+def prepare_kernel(
+    places, pointers, hyper, grad_scale, largest, X, parameters, rows, columns, height, stride,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr, SIDE: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
+    down, across = tl.cdiv(rows if TALL else height, SIDE), tl.cdiv(height if TALL else columns, SIDE)
+    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, ALIGNED)
+    _, U = direction(
+        places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters, GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED
+    )
+    stride = tl.multiple_of(stride, 8)
+    X += matrix.to(tl.int64) * height * stride
+    U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
+    if TALL:
+        tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=(c < height)[:, None] & (r < rows)[None, :])
+    else:
+        tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=(r < height)[:, None] & (c < columns)[None, :])
+
+
+def largest(source: Source, out: Tensor) -> Callable[[], None]:
+    """A launch that raises `out` (B,) int32, zeros at first, to the bits of each matrix's largest magnitude."""
+    programs = len(source.places) * tiles(source.rows, SIDE) * tiles(source.columns, SIDE)
+    arguments = {**source.arguments(), "largest": out}
+    names = largest_kernel.arg_names
+    return launch(largest_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+
+
+def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
+    """A launch that writes the matrices into X.
+
+    Args:
+        largest: what the launch of that name has found.
+        X: (B, m, n) float16 with m >= min(rows, columns) and n = max(rows, columns); tall matrices come transposed.
+    """
+    tall = source.rows > source.columns
+    height = X.shape[1]
+    sides = (source.rows, height) if tall else (height, source.columns)
+    programs = len(source.places) * tiles(sides[0], SIDE) * tiles(sides[1], SIDE)
+    arguments = {**source.arguments(), "largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
+    names = prepare_kernel.arg_names
+    return launch(prepare_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
