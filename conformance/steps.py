@@ -81,4 +81,4 @@ def accept_fused(target: Target, device, shape, layout, seed, hyper: Hyper = HYP
     W, gradients = tensor(shape, seed), [[tensor(shape, seed + 1 + i)] for i in range(3)]
     hyper = replace(hyper, layout=layout)
     (p,), _ = run(target, [W], gradients, hyper, device)
-    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype, device))

@@ -53,8 +53,8 @@ class Target(Protocol):
     validates: bool  # whether it checks its arguments; if not, clauses on refusals are unsupported
     skips: bool  # whether it can skip a step; if not, SKIP is unsupported
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype whose rounding limits an orthogonalization of a `dtype` matrix."""
+    def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype whose rounding limits an orthogonalization of a `dtype` matrix on the device."""
         ...
 
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:

@@ -64,7 +64,7 @@ def test_matrices_are_where_the_rules_say(target: Target, device, shape, layout,
     hyper = replace(HYPER, layout=layout)
     (p,), _ = run(target, [W], gradients, hyper, device)
     (right,) = expected([W], gradients, hyper)
-    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype, device))
 
 
 @pytest.mark.clause("LAYOUT-1")

@@ -137,7 +137,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self):
-        precision = self.target.precision(torch.float64)
+        precision = self.target.precision(torch.float64, self.device)
         for (_, p), (_, q), before in zip(self.named, self.replay, self.initial, strict=True):
             accept.step(before=before, actual=p, expected=q, precision=precision)
         assert self.target.skipped(self.optimizer) == self.skipped

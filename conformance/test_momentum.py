@@ -58,7 +58,7 @@ def test_direction_looks_ahead_with_nesterov_only(target: Target, device, nester
     hyper = replace(HYPER, momentum=beta, nesterov=nesterov)
     (p,), _ = run(target, [W], gradients, hyper, device)
     (right,) = expected([W], gradients, hyper)
-    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype, device))
 
 
 @pytest.mark.clause("MOM-3")

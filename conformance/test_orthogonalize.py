@@ -33,7 +33,7 @@ JORDAN = ("jordan", 5, 0.0)
 def test_is_the_spectral_map_of_its_schedule(target: Target, device, name, steps, shape, spectrum, seed, dtype):
     X = matrix(shape, spectrum, seed, dtype)
     O = target.orthogonalize(X.to(device), name, steps, 0.0)
-    accept.spectral(actual=O, X=X, schedule=reference.schedule(name, steps), precision=target.precision(dtype))
+    accept.spectral(actual=O, X=X, schedule=reference.schedule(name, steps), precision=target.precision(dtype, device))
 
 
 @pytest.mark.clause("ORTH-1")
@@ -43,7 +43,7 @@ def test_is_the_spectral_map_of_coefficients_of_ones_own(target: Target, device,
     for coefficients, steps in (((1.5, -0.5, 0.0), 3), (((3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0)), 2)):
         O = target.orthogonalize(X.to(device), coefficients, steps, 0.0)
         own = reference.schedule(coefficients, steps)
-        accept.spectral(actual=O, X=X, schedule=own, precision=target.precision(X.dtype))
+        accept.spectral(actual=O, X=X, schedule=own, precision=target.precision(X.dtype, device))
 
 
 @pytest.mark.clause("ORTH-2")
@@ -82,7 +82,7 @@ def test_powers_of_two_change_no_bit(target: Target, device, dtype, shape, spect
 def test_scale_does_not_matter(target: Target, device, shape, spectrum, seed, exponent):
     X = matrix(shape, spectrum, seed) * 10.0**exponent
     O = target.orthogonalize(X.to(device), *JORDAN)
-    accept.spectral(actual=O, X=X, schedule=reference.schedule("jordan", 5), precision=target.precision(X.dtype))
+    accept.spectral(actual=O, X=X, schedule=reference.schedule("jordan", 5), precision=target.precision(X.dtype, device))
 
 
 @pytest.mark.clause("ORTH-5")
@@ -137,7 +137,7 @@ def test_neighbours_in_a_batch_do_not_matter(target: Target, device, shape, spec
 def test_transposes(target: Target, device, shape, spectrum, seed):
     X = matrix(shape, spectrum, seed).to(device)
     O = target.orthogonalize(X.mT, *JORDAN).mT
-    accept.spectral(actual=O, X=X, schedule=reference.schedule("jordan", 5), precision=target.precision(X.dtype))
+    accept.spectral(actual=O, X=X, schedule=reference.schedule("jordan", 5), precision=target.precision(X.dtype, device))
 
 
 @pytest.mark.clause("ORTH-9")
@@ -152,7 +152,7 @@ def test_singular_values_come_into_the_band(target: Target, device, name, steps,
         X = matrix(shape, "repeated", seed)
     O = target.orthogonalize(X.to(device), name, steps, 0.0)
     values = torch.linalg.svdvals(O.cpu().double())
-    accept.band(singular_values=values, low=low, high=high, precision=target.precision(X.dtype))
+    accept.band(singular_values=values, low=low, high=high, precision=target.precision(X.dtype, device))
 
 
 AOL = ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169))
@@ -203,4 +203,4 @@ def test_epsilon_is_a_floor_under_the_norm(target: Target, device, name, shape, 
     X = matrix(shape, "repeated", seed)
     eps = float(X.double().norm()) * 2.0**exponent
     O = target.orthogonalize(X.to(device), name, 5, eps)
-    accept.spectral(actual=O, X=X, schedule=reference.schedule(name, 5), precision=target.precision(X.dtype), eps=eps)
+    accept.spectral(actual=O, X=X, schedule=reference.schedule(name, 5), precision=target.precision(X.dtype, device), eps=eps)

@@ -17,7 +17,7 @@ def check(target: Target, device, shape, seed, hyper: Hyper) -> None:
     W, G = tensor(shape, seed), tensor(shape, seed + 1)
     (p,), _ = run(target, [W], [[G]], hyper, device)
     (right,) = expected([W], [[G]], hyper)
-    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype, device))
 
 
 @pytest.mark.clause("SCALE-1")

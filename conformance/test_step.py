@@ -30,7 +30,7 @@ hypers = st.builds(
 def test_equals_the_reference(target: Target, device, dtype, shape, seed, hyper):
     W, gradients = tensor(shape, seed, dtype), [[tensor(shape, seed + 1 + i, dtype)] for i in range(3)]
     (p,), _ = run(target, [W], gradients, hyper, device)
-    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(dtype))
+    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(dtype, device))
 
 
 @pytest.mark.clause("STEP-2")
@@ -57,7 +57,7 @@ def test_a_zero_gradient_is_a_gradient(target: Target, device, shape, seed):
     W, G = tensor(shape, seed), tensor(shape, seed + 1)
     gradients = [[G], [torch.zeros(shape)], [torch.zeros(shape)]]
     (p,), _ = run(target, [W], gradients, HYPER, device)
-    accept.step(before=W, actual=p, expected=expected([W], gradients, HYPER)[0], precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=expected([W], gradients, HYPER)[0], precision=target.precision(W.dtype, device))
 
 
 @pytest.mark.clause("STEP-4")
@@ -182,7 +182,7 @@ def test_options_of_one_group(target: Target, device, option):
         take(optimizer, named, [G, G])
     steps = [[G] for G in gradients]
     for (_, p), hyper in zip(named, (HYPER, changed), strict=True):
-        accept.step(before=W, actual=p, expected=expected([W], steps, hyper)[0], precision=target.precision(W.dtype))
+        accept.step(before=W, actual=p, expected=expected([W], steps, hyper)[0], precision=target.precision(W.dtype, device))
     # The option must make a difference, or the above shows nothing.
     assert not torch.equal(named[0][1], named[1][1])
 

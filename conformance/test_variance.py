@@ -29,7 +29,7 @@ def test_steps_are_normuons(target: Target, device, dtype, adjust_lr_fn, shape, 
     W, gradients = tensor(shape, seed, dtype), [[tensor(shape, seed + 1 + i, dtype)] for i in range(3)]
     hyper = replace(NORMUON, normuon_beta2=beta2, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
     (p,), _ = run(target, [W], gradients, hyper, device)
-    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype))
+    accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype, device))
 
 
 @pytest.mark.clause("VAR-1", "VAR-4")

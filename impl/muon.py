@@ -160,9 +160,7 @@ class Muon(Optimizer):
             plan.prepare(self.state, getattr(self, "grad_scale", None))
         # What is planned and has no part for AdamW is done.
         rest = [(group, p, G) for group, p, G in ready if "step" in self.state[p] or not planned(group, p)]
-        prepared = [
-            prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, planned(group, p)) for group, p, G in rest
-        ]
+        prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, planned(group, p)) for group, p, G in rest]
         code = self._decide(prepared)
         if self.guard.wants_dump(code):
             self.guard.write_dump(self._culprits(rest, prepared))

@@ -5,7 +5,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -51,6 +51,9 @@ class Part(NamedTuple):
     aligned: bool
 
 
+Tables = Mapping[Part, tuple[Tensor, Tensor | None]]
+
+
 def signature(entries: Sequence[Entry], state: States, scaled: bool) -> tuple[Any, ...]:
     """All that a plan depends on. Values that change from step to step, and addresses, it reads again in each."""
     options = ("ns_coefficients", "ns_steps", "eps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
@@ -72,7 +75,15 @@ def aligned(p: Tensor, state: Mapping[str, Tensor]) -> bool:
     return all(T is None or T.data_ptr() % 16 == 0 for T in tensors)
 
 
-def plans(old: Mapping[torch.device, "Plan"], entries: Sequence[Entry], state: States, scaled: bool) -> dict[torch.device, "Plan"]:
+def orthogonalize(launches: Sequence[Callable[[], None]], Q: Tensor) -> None:
+    """Run the launches of a batch; Q is the last one's left factor, (B, m, m) but for padding."""
+    for run in launches:
+        run()
+
+
+def plans(
+    old: Mapping[torch.device, "Plan"], entries: Sequence[Entry], state: States, scaled: bool
+) -> dict[torch.device, "Plan"]:
     """A plan for each device of the entries: the old one where it fits."""
     by_device = defaultdict(list)
     for group, p in entries:
@@ -101,7 +112,7 @@ class Plan:
         self.pointers = torch.zeros(len(self.addresses) + 8, dtype=torch.int64, device=self.device)
         self.grad_scale = torch.ones((), device=self.device) if scaled else None
         self.code = torch.zeros((), dtype=torch.uint8, device=self.device)
-        self.gradients: list[Tensor] = []
+        self.gradients: list[Tensor | None] = []
         batches = self._batches(entries, state)
         counts = [sum(len(table) for table, _ in parts.values()) for parts in batches.values()]
         self.flags = torch.zeros(2, sum(counts), dtype=torch.int32, device=self.device)
@@ -109,8 +120,8 @@ class Plan:
         self.members = torch.cat([table[:, 0] for parts in batches.values() for table, _ in parts.values()])
         self._build(batches, counts, len(entries))
 
-    def _batches(self, entries: Sequence[Entry], state: States) -> dict[tuple[Any, ...], dict[Part, tuple[Tensor, Tensor | None]]]:
-        """For each shape and schedule, the tables of its parts: where matrices are, and NorMuon's averages."""
+    def _batches(self, entries: Sequence[Entry], state: States) -> dict[tuple[Any, ...], Tables]:
+        """For each shape and schedule, the parts and where their matrices are, and NorMuon's averages."""
         from impl.kernels import places
 
         found: dict[tuple[Any, ...], dict[Part, list[tuple[Tensor, Tensor | None]]]]
@@ -131,11 +142,14 @@ class Plan:
                 normuon = None if group["normuon_beta2"] is None else places.places(index, section, V, self.device)
                 found[min(rows, columns), max(rows, columns), plan, float(group["eps"])][part].append((table, normuon))
         return {
-            key: {part: tuple(None if T[0] is None else torch.cat(T) for T in zip(*t, strict=True)) for part, t in parts.items()}
+            key: {
+                part: (torch.cat([table for table, _ in t]), None if t[0][1] is None else torch.cat([V for _, V in t]))
+                for part, t in parts.items()
+            }
             for key, parts in found.items()
-        }  # type: ignore[return-value]
+        }
 
-    def _build(self, batches: dict[tuple[Any, ...], dict[Part, Any]], counts: list[int], parameters: int) -> None:
+    def _build(self, batches: Mapping[tuple[Any, ...], Tables], counts: list[int], parameters: int) -> None:
         """Divide the memory, and make the launches."""
         from impl.kernels import iteration
 
@@ -148,7 +162,8 @@ class Plan:
             needed = max(needed, chunks[-1] * each)
         self.arena = torch.empty(sum(sizes) + needed, dtype=torch.float16, device=self.device)
         *memory, scratch = self.arena.split([*sizes, needed])
-        self.prepares, self.applies = [], []
+        self.prepares: list[tuple[list[Callable[[], None]], Tensor]] = []  # for each chunk of a batch
+        self.applies: list[Callable[[], None]] = []
         flags = self.flags.split(counts, dim=1)
         for (key, parts), B, chunk, numbers, flag in zip(batches.items(), counts, chunks, memory, flags, strict=True):
             O = iteration.batch(numbers, B, *key[:2])
@@ -176,16 +191,16 @@ class Plan:
         ones = torch.ones(scales.ROWS, end - first, device=self.device)
         shares = iteration.shares(end - first, m, self.device)
         biggest, finite = flag[:, first:end]
-        X, launches = iteration.iteration(O[first:end], m, plan, eps, memory, shares, ones, biggest, finite)
-        at = 0
+        X, launches, Q = iteration.iteration(O[first:end], m, plan, eps, memory, shares, ones, biggest, finite)
+        at, before = 0, []
         for part, table, _ in tables:
             low, high = max(first, at), min(end, at + len(table))
             if low < high:
                 source = self._source(part, table[low - at : high - at], n)
                 here = slice(low - first, high - first)
-                self.prepares += [largest(source, biggest[here]), prepare(source, biggest[here], X[here])]
+                before += [largest(source, biggest[here]), prepare(source, biggest[here], X[here])]
             at += len(table)
-        self.prepares += launches
+        self.prepares.append(([*before, *launches], Q))
 
     def _apply_batch(self, tables: list[Any], O: Tensor, parameters: int) -> None:
         """The launches from O to weights and states."""
@@ -197,9 +212,8 @@ class Plan:
             group, rows, mine = self.groups[part.group], None, O[at : at + len(table)]
             if V is not None:
                 squares, rows = torch.zeros(2, len(table), part.rows, device=self.device)
-                self.applies += variance(
-                    mine, part.rows, part.columns, V, self.pointers, parameters, self.code, group["normuon_beta2"], squares, rows
-                )
+                where = (part.rows, part.columns, V, self.pointers, parameters, self.code)
+                self.applies += variance(mine, *where, group["normuon_beta2"], squares, rows)
             scale = lr_scale(part.rows, part.columns, group["adjust_lr_fn"])
             self.applies.append(apply(self._source(part, table, parameters), mine, self.code, scale, rows))
             at += len(table)
@@ -210,8 +224,8 @@ class Plan:
             self._read(state, grad_scale)
             self.arena.untyped_storage().resize_(self.arena.numel() * 2)
             self.flags.zero_()
-            for run in self.prepares:
-                run()
+            for launches, Q in self.prepares:
+                orthogonalize(launches, Q)
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """The largest magnitude of each matrix's update direction, and of its orthogonalized update: (B,) float32."""
@@ -236,9 +250,7 @@ class Plan:
         from impl.kernels.places import point
 
         self.groups = list({id(group): group for group, _ in self.entries}.values())
-        self.gradients = [
-            None if p.grad is None else p.grad.to(gradient_dtype(p)).contiguous() for _, p in self.entries
-        ]  # type: ignore[misc]
+        self.gradients = [None if p.grad is None else p.grad.to(gradient_dtype(p)).contiguous() for _, p in self.entries]
         states = [state[p] for _, p in self.entries]
         tensors = [
             *(p for _, p in self.entries),
@@ -259,8 +271,8 @@ class Plan:
                     hyper[i].copy_(option.reshape(()))
                     values[i] = None
                 elif again or values[i] != float(option):
-                    values[i] = float(option)
-                    hyper[i].fill_(values[i])
+                    values[i] = number = float(option)
+                    hyper[i].fill_(number)
 
     def _free(self) -> None:
         self.arena.untyped_storage().resize_(0)

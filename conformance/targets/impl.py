@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """This repository's implementation."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import impl
+import impl.plan
 import impl.stages
 from conformance.target import Hyper, Named, Norms, watching
+from impl.plan import usable
 
 
 class Target:
@@ -20,8 +23,10 @@ class Target:
     validates = True
     skips = True
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float64 if dtype == torch.float64 else torch.float32
+    def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        if dtype == torch.float64:
+            return torch.float64
+        return torch.float16 if usable(device) else torch.float32
 
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
         return impl.orthogonalize(X, schedule, steps, eps)
@@ -54,8 +59,19 @@ class Target:
             return {"threshold": int(optimizer.skipped)}
         return {reason: int(count) for reason, count in optimizer.skipped.items()}
 
-    def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
-        return watching(impl.stages, "orthogonalize", poison)
+    @contextmanager
+    def orthogonalizing(self, poison: float | None) -> Iterator[list[torch.Size]]:
+        def watched(launches: Sequence[Callable[[], None]], Q: Tensor) -> None:
+            shapes.append(Q.shape)
+            *before, last = launches
+            batched(before, Q)
+            if poison is not None:
+                Q[:, 0, 0] = poison  # and with it the first row of every update
+            last()
+
+        batched = impl.plan.orthogonalize
+        with watching(impl.stages, "orthogonalize", poison) as shapes, mock.patch.object(impl.plan, "orthogonalize", watched):
+            yield shapes
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         return {

@@ -19,7 +19,7 @@ class Target:
     validates = False
     skips = True
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
+    def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float64
 
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:

@@ -18,7 +18,7 @@ class Target:
     validates = True
     skips = False
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
+    def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16
 
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:

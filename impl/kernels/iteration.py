@@ -63,9 +63,19 @@ def shares(B: int, m: int, device: torch.device) -> Tensor:
 
 
 def iteration(
-    O: Tensor, m: int, schedule: Schedule, eps: float, memory: Tensor, shares: Tensor, scales: Tensor, largest: Tensor, finite: Tensor
-) -> tuple[Tensor, Launches]:
-    """Where the matrices are to be put, and the launches that leave them orthogonalized in O.   [SPEC: ORTH-1 to ORTH-12]
+    O: Tensor,
+    m: int,
+    schedule: Schedule,
+    eps: float,
+    memory: Tensor,
+    shares: Tensor,
+    scales: Tensor,
+    largest: Tensor,
+    finite: Tensor,
+) -> tuple[Tensor, Launches, Tensor]:
+    """Where the matrices are to be put, the launches that leave them orthogonalized in O, and the last one's left factor.
+
+    [SPEC: ORTH-1 to ORTH-12]
 
     Args:
         O: (B, padded(m), n) float16, a part of a batch.
@@ -112,4 +122,4 @@ def iteration(
         k = {(True, True): scale.UNIT_T, (True, False): scale.UNIT, (False, True): scale.T}.get((first, last), scale.ONE)
         launches.append(general(Q, X, other, scales[k], largest=finite if last else None))
         X, other = other, X
-    return begin, launches
+    return begin, launches, Q

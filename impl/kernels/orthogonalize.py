@@ -37,7 +37,7 @@ def batch(
     pointers = torch.zeros(places.POINTERS, dtype=torch.int64, device=device)
     flags = torch.zeros(2, B, dtype=torch.int32, device=device)
     ones, shares = torch.ones(scales.ROWS, B, device=device), iteration.shares(B, m, device)
-    X, launches = iteration.iteration(O, m, schedule, eps, memory, shares, ones, *flags)
+    X, launches, _ = iteration.iteration(O, m, schedule, eps, memory, shares, ones, *flags)
     view = torch.empty(shape, device="meta").view(B, 1, 1, rows, columns)
     aligned = aligned and places.aligned(Section(rows), view)
     table = places.places(0, Section(rows), view, device)

@@ -54,6 +54,7 @@ def point_kernel(
     pointers, at,
     p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64, p4: tl.int64, p5: tl.int64, p6: tl.int64, p7: tl.int64,
 ):  # fmt: skip
+    """Write eight addresses."""
     tl.store(pointers + at, p0)
     tl.store(pointers + at + 1, p1)
     tl.store(pointers + at + 2, p2)
