@@ -19,7 +19,6 @@ from impl.schedules import schedule
 from impl.skip import scalar
 from impl.state import form
 
-SCRATCH = 2**30  # bytes of memory to iterate in, if that is enough for one matrix
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEPPED = ("lr", "weight_decay", "momentum")  # options that may change from step to step
 Entry = tuple[Mapping[str, Any], Tensor]  # a group and a parameter of it
@@ -156,10 +155,8 @@ class Plan:
         sizes = [B * iteration.batch_numbers(*key[:2]) for key, B in zip(batches, counts, strict=True)]
         chunks, needed = [], 0
         for (m, n, *_), B in zip(batches, counts, strict=True):
-            each = iteration.scratch_numbers(m, n)
-            number = -(-B // max(1, SCRATCH // 2 // each))
-            chunks.append(-(-B // number))
-            needed = max(needed, chunks[-1] * each)
+            chunks.append(min(B, iteration.chunk(m, self.device)))
+            needed = max(needed, chunks[-1] * iteration.scratch_numbers(m, n))
         self.arena = torch.empty(sum(sizes) + needed, dtype=torch.float16, device=self.device)
         *memory, scratch = self.arena.split([*sizes, needed])
         self.prepares: list[tuple[list[Callable[[], None]], Tensor]] = []  # for each chunk of a batch
@@ -184,14 +181,13 @@ class Plan:
         self, key: tuple[Any, ...], tables: list[Any], O: Tensor, first: int, end: int, memory: Tensor, flag: Tensor, n: int
     ) -> None:
         """The launches from gradients to orthogonalized matrices for O[first:end]."""
-        from impl.kernels import iteration, scales
+        from impl.kernels import iteration
         from impl.kernels.prepare import largest, prepare
 
         m, _, plan, eps = key
-        ones = torch.ones(scales.ROWS, end - first, device=self.device)
-        shares = iteration.shares(end - first, m, self.device)
+        norms = iteration.norms(end - first, m, self.device)
         biggest, finite = flag[:, first:end]
-        X, launches, Q = iteration.iteration(O[first:end], m, plan, eps, memory, shares, ones, biggest, finite)
+        X, launches, Q = iteration.iteration(O[first:end], m, plan, eps, memory, *norms, biggest, finite)
         at, before = 0, []
         for part, table, _ in tables:
             low, high = max(first, at), min(end, at + len(table))

@@ -3,21 +3,18 @@
 
 from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from impl.kernels.launch import launch, tiles
-from impl.kernels.places import SIDE, array, offsets, tile_of
+from impl.kernels.launch import launch
+from impl.kernels.places import array, rows_of, strip_of, strips, tile, within
 from impl.kernels.prepare import DTYPES, Source, direction
 
 
 @triton.jit
-def update(O, matrix, height, stride, r, c, inside, SIDE: tl.constexpr, TALL: tl.constexpr):
-    """A tile of the orthogonalized update, in the weight's orientation, float32."""
-    stride = tl.multiple_of(stride, 8)
-    O += matrix.to(tl.int64) * height * stride
+def update(O, height, stride, r, c, inside, TALL: tl.constexpr):
+    """A tile of a matrix in O, in the weight's orientation, float32."""
     if TALL:
         tile = tl.load(O + c[:, None].to(tl.int64) * stride + r[None, :], mask=inside.T, other=0.0).T
     else:
@@ -29,29 +26,36 @@ def update(O, matrix, height, stride, r, c, inside, SIDE: tl.constexpr, TALL: tl
 def apply_kernel(
     places, pointers, hyper, grad_scale, O, row_scale, code, scale, parameters, rows, columns, height, stride,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, SIDE: tl.constexpr, WEIGHT: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, WEIGHT: tl.constexpr, TALL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of M, unless `code` says that a gradient was at fault, and of W, unless it says anything."""
-    down, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
-    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, ALIGNED)
+    """Write a strip of M, unless `code` says that a gradient was at fault, and of W, unless it says anything."""
+    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
     index = tl.load(places + matrix.to(tl.int64) * 5)
-    inside = inside & (tl.load(pointers + 2 * parameters + index) != 0)
+    address = tl.load(pointers + 2 * parameters + index)
     fault = tl.load(code)
-    if fault < 2:
-        M, _ = direction(
-            places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters, GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED
-        )
-        at = offsets(places, matrix, r, c, ALIGNED)
-        tl.store(array(tl.load(pointers + parameters + index), tl.float32, ALIGNED) + at, M, mask=inside)
-        if fault == 0:
-            D = update(O, matrix, height, stride, r, c, inside, SIDE, TALL)
-            if ROWS:
-                D *= tl.load(row_scale + matrix.to(tl.int64) * rows + r, mask=r < rows, other=0.0)[:, None]
-            lr = tl.load(hyper)
-            kept = (1.0 - lr * tl.load(hyper + 1)).to(tl.float32)
-            W = array(tl.load(pointers + index), WEIGHT, ALIGNED) + at
-            new = tl.load(W, mask=inside, other=0.0).to(tl.float32) * kept - D * (lr * scale).to(tl.float32)
-            tl.store(W, new.to(WEIGHT), mask=inside)
+    if (fault < 2) & (address != 0):
+        G = array(address, GRADIENT, ALIGNED)
+        M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
+        W = array(tl.load(pointers + index), WEIGHT, ALIGNED)
+        start = rows_of(places, matrix, r, ALIGNED)
+        lr = tl.load(hyper)
+        kept = (1.0 - lr * tl.load(hyper + 1)).to(tl.float32)
+        step = (lr * scale).to(tl.float32)
+        stride = tl.multiple_of(stride, 8)
+        O += matrix.to(tl.int64) * height * stride
+        for i in tl.static_range(TIMES):
+            c = first + i * ACROSS + tl.arange(0, ACROSS)
+            inside = within(r, c, rows, columns, ALIGNED)
+            at = start[:, None] + c[None, :]
+            M_new, _ = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+            tl.store(M + at, M_new, mask=inside)
+            if fault == 0:
+                D = update(O, height, stride, r, c, inside, TALL)
+                if ROWS:
+                    D *= tl.load(row_scale + matrix.to(tl.int64) * rows + r, mask=r < rows, other=0.0)[:, None]
+                new = tl.load(W + at, mask=inside, other=0.0).to(tl.float32) * kept - D * step
+                tl.store(W + at, new.to(WEIGHT), mask=inside)
 
 
 def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tensor | None = None) -> Callable[[], None]:
@@ -63,8 +67,11 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         scale: what the learning rate is multiplied with.
         row_scale: (B, rows) float32, what rows of O are multiplied with.
     """
+    tall = source.rows > source.columns
+    shape = tile(transposed=tall)
     arguments = {
         **source.arguments(),
+        **shape,
         "O": O,
         "row_scale": O if row_scale is None else row_scale,
         "code": code,
@@ -72,39 +79,46 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         "height": O.shape[1],
         "stride": O.stride(1),
         "WEIGHT": DTYPES[source.weight],
-        "TALL": source.rows > source.columns,
+        "TALL": tall,
         "ROWS": row_scale is not None,
     }
-    programs = len(source.places) * tiles(source.rows, SIDE) * tiles(source.columns, SIDE)
+    programs = strips(len(source.places), source.rows, source.columns, **shape)
     names = apply_kernel.arg_names
     return launch(apply_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "stride"])
-def unpack_kernel(O, address, rows, columns, height, stride, DTYPE: tl.constexpr, SIDE: tl.constexpr, TALL: tl.constexpr):
-    """Write a tile of O to an array of whole matrices."""
-    down, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
-    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, False)
-    D = update(O, matrix, height, stride, r, c, inside, SIDE, TALL)
-    out = array(tl.load(address), DTYPE, False) + matrix.to(tl.int64) * rows * columns
-    tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], D.to(DTYPE), mask=inside)
+def unpack_kernel(
+    O, out, rows, columns, height, stride,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """Write a strip of O to an array of whole matrices."""
+    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
+    stride = tl.multiple_of(stride, 8)
+    O += matrix.to(tl.int64) * height * stride
+    out += matrix.to(tl.int64) * rows * columns
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 8)
+    for i in tl.static_range(TIMES):
+        c = first + i * ACROSS + tl.arange(0, ACROSS)
+        inside = within(r, c, rows, columns, ALIGNED)
+        D = update(O, height, stride, r, c, inside, TALL)
+        tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], D.to(out.dtype.element_ty), mask=inside)
 
 
-def unpack(O: Tensor, address: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Callable[[], None]:
-    """A launch that copies the matrices of O, as in `apply`, to (B, rows, columns), contiguous, of any dtype.
-
-    Args:
-        address: () int64, where to.
-    """
+def unpack(O: Tensor, out: Tensor) -> Callable[[], None]:
+    """A launch that copies the matrices of O, as in `apply`, to `out` (B, rows, columns), contiguous, of any dtype."""
+    batch, rows, columns = out.shape
+    shape = tile(transposed=rows > columns)
     arguments = dict(
         O=O,
-        address=address,
+        out=out,
         rows=rows,
         columns=columns,
         height=O.shape[1],
         stride=O.stride(1),
-        DTYPE=DTYPES[dtype],
-        SIDE=SIDE,
+        ALIGNED=columns % 8 == 0,
+        **shape,
         TALL=rows > columns,
     )
-    return launch(unpack_kernel, len(O) * tiles(rows, SIDE) * tiles(columns, SIDE), arguments, num_warps=8)
+    return launch(unpack_kernel, strips(batch, rows, columns, **shape), arguments, num_warps=8)

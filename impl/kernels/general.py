@@ -6,22 +6,27 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from impl.kernels.launch import describe, launch, processors, tiles
+from impl.kernels.launch import describe, early, launch, processors, tiles
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 
 
-@triton.jit(do_not_specialize=["batch", "m", "n"])
+@triton.jit(do_not_specialize=["batch", "m", "n", "back"])
 def general_kernel(
-    a, x, d, alphas, largest, alpha, batch, m, n,
-    LARGEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    a, x, d, alphas, largest, batch, m, n, back,
+    EARLY: tl.constexpr, LARGEST: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program computes every `num_programs`-th tile, matrix by matrix and down the columns."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     down = m // ROWS
     tiles = down * tl.cdiv(n, COLUMNS)
     # Flattened, so that the next tile's loads are under way while this one is stored.
-    for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
+    for i in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
+        tile = tl.where(back != 0, batch * tiles - 1 - i, i)
         matrix = tile // tiles
         t = tile % tiles
         row = t % down * ROWS
@@ -30,46 +35,54 @@ def general_kernel(
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, m, DEPTH):
             sums = tl.dot(a.load([top + row, k]), x.load([top + k, column]), sums)
-        D = sums * (alpha * tl.load(alphas + matrix))
+        D = sums * tl.load(alphas + matrix)
         if LARGEST:
             # The magnitude's bits order as the magnitudes do, with infinity and NaN above all.
             bits = D.to(tl.int32, bitcast=True) & 0x7FFFFFFF
             tl.atomic_max(largest + matrix, tl.max(tl.max(bits, 1), 0))
         # In two halves: a whole tile in float16 would not fit beside the tiles that are being loaded.
         left, right = D.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        d.store([top + row, column], left.to(tl.float16))
-        d.store([top + row, column + COLUMNS // 2], right.to(tl.float16))
+        if TRANSPOSED:
+            d.store([matrix * n + column, row], left.to(d.dtype).T)
+            d.store([matrix * n + column + COLUMNS // 2, row], right.to(d.dtype).T)
+        else:
+            d.store([top + row, column], left.to(d.dtype))
+            d.store([top + row, column + COLUMNS // 2], right.to(d.dtype))
 
 
 def general(
-    A: Tensor, X: Tensor, D: Tensor, alphas: Tensor, alpha: float = 1.0, largest: Tensor | None = None
+    A: Tensor, X: Tensor, D: Tensor, alphas: Tensor, largest: Tensor | None = None, back: bool = False
 ) -> Callable[[], None]:
     """A launch of D = alpha A X.
 
     Args:
         A: (B, m, m) float16, m a multiple of ROWS.
         X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole.
-        alphas: (B,) float32, multiplies `alpha`.
+        alphas: (B,) float32, what each product is multiplied with.
+        back: from the last matrix to the first.
         largest: (B,) int32, raised to the bits of D's largest magnitude in float32; not finite if an entry is not.
     """
     batch, m, n = X.shape
+    transposed = (batch, n, m) == D.shape != X.shape
     arguments = dict(
         a=describe(A, ROWS, DEPTH),
         x=describe(X, DEPTH, COLUMNS),
-        d=describe(D, ROWS, COLUMNS // 2),
+        d=describe(D, *((COLUMNS // 2, ROWS) if transposed else (ROWS, COLUMNS // 2))),
         alphas=alphas,
         largest=alphas if largest is None else largest,
-        alpha=alpha,
         batch=batch,
         m=m,
         n=n,
+        back=int(back),
+        EARLY=bool(early(D.device)),
         LARGEST=largest is not None,
+        TRANSPOSED=transposed,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         DEPTH=DEPTH,
     )
     programs = min(batch * (m // ROWS) * tiles(n, COLUMNS), processors(X.device))
-    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3)
+    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3, **early(D.device))
 
 
 def oracle(A: Tensor, X: Tensor, alpha: Tensor) -> Tensor:

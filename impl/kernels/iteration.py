@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from impl.kernels import scales as scale
-from impl.kernels.general import general
-from impl.kernels.launch import tiles
-from impl.kernels.symmetric import TILE, symmetric
+from impl.kernels.general import COLUMNS, general
+from impl.kernels.launch import processors, tiles
+from impl.kernels.symmetric import TILE, product, square
 from impl.schedules import Quintic, Schedule
 
 Launches = list[Callable[[], None]]
+WAVES = 4
 
 
 def padded(m: int) -> int:
@@ -42,6 +43,13 @@ def batch(memory: Tensor, B: int, m: int, n: int) -> Tensor:
     return memory[: B * batch_numbers(m, n)].view(B, padded(m), stride(m, n))[:, :, :n]
 
 
+def direct(out: Tensor) -> bool:
+    """Whether the last product can write to whole, contiguous matrices (B, rows, columns)."""
+    _, rows, columns = out.shape
+    fits = rows % COLUMNS == columns % TILE == 0 if rows > columns else rows % TILE == 0
+    return fits and columns * out.element_size() % 16 == 0
+
+
 def segments(coefficients: tuple[Quintic, ...], square: bool) -> list[tuple[Quintic, ...]]:
     """The quintics between two products with X."""
     steps, length = len(coefficients), 1 if square else 2
@@ -54,6 +62,52 @@ def segments(coefficients: tuple[Quintic, ...], square: bool) -> list[tuple[Quin
 def scratch_numbers(m: int, n: int) -> int:
     """The float16 numbers that an iteration works in for each matrix, beside the batch in which it ends."""
     return batch_numbers(m, n) + (1 if m == n else 3) * padded(m) ** 2
+
+
+def chunk(m: int, device: torch.device) -> int:
+    """How many matrices are iterated together: as many as have WAVES tiles for each processor, so that few of those wait.
+
+    What a launch reads and writes is then about as large as the cache, whatever m is.
+    """
+    strips = padded(m) // TILE
+    return max(1, WAVES * processors(device) // (strips * (strips + 1) // 2))
+
+
+def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the norms of B Gram matrices, by tile, and for what comes of them: `shares` and `scales`."""
+    strips = padded(m) // TILE
+    shares = torch.empty(B, strips * (strips + 1) // 2, device=device)
+    return shares, torch.ones(scale.ROWS, B, device=device)
+
+
+def direct(out: Tensor) -> bool:
+    """Whether the last product can write to whole, contiguous matrices (B, rows, columns)."""
+    _, rows, columns = out.shape
+    fits = rows % COLUMNS == columns % TILE == 0 if rows > columns else rows % TILE == 0
+    return fits and columns * out.element_size() % 16 == 0
+
+
+def segments(coefficients: tuple[Quintic, ...], square: bool) -> list[tuple[Quintic, ...]]:
+    """The quintics between two products with X."""
+    steps, length = len(coefficients), 1 if square else 2
+    runs = [coefficients[i : i + length] for i in range(0, steps, length)]
+    if not square and steps % 2 and steps >= 5:
+        runs[-2:] = [coefficients[-3:]]
+    return runs
+
+
+def scratch_numbers(m: int, n: int) -> int:
+    """The float16 numbers that an iteration works in for each matrix, beside the batch in which it ends."""
+    return batch_numbers(m, n) + (1 if m == n else 3) * padded(m) ** 2
+
+
+def chunk(m: int, device: torch.device) -> int:
+    """How many matrices are iterated together: as many as have WAVES tiles for each processor, so that few of those wait.
+
+    What a launch reads and writes is then about as large as the cache, whatever m is.
+    """
+    strips = padded(m) // TILE
+    return max(1, WAVES * processors(device) // (strips * (strips + 1) // 2))
 
 
 def shares(B: int, m: int, device: torch.device) -> Tensor:
@@ -72,6 +126,7 @@ def iteration(
     scales: Tensor,
     largest: Tensor,
     finite: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Launches, Tensor]:
     """Where the matrices are to be put, the launches that leave them orthogonalized in O, and the last one's left factor.
 
@@ -80,17 +135,17 @@ def iteration(
     Args:
         O: (B, padded(m), n) float16, a part of a batch.
         memory: `scratch_numbers` float16 for each matrix.
-        shares: as from `shares`, or longer.
-        scales: (ROWS, B) float32, ones.
+        shares, scales: from `norms`.
         largest: (B,) int32, the bits of the matrices' largest magnitudes, which brought them to [2^13, 2^14).
         finite: (B,) int32, zeros; raised to the bits of the largest magnitudes in O.
+        out: where they are to go instead of O, if it is what `direct` asks for.
     """
     B, M, n = O.shape
-    square = m == n
+    plain = m == n
     spare = batch(memory, B, m, n)
     rest = memory[B * batch_numbers(m, n) :]
-    squares = [rest[i * B * M * M : (i + 1) * B * M * M].view(B, M, M) for i in range(1 if square else 3)]
-    runs = segments(schedule.coefficients, square)
+    squares = [rest[i * B * M * M : (i + 1) * B * M * M].view(B, M, M) for i in range(1 if plain else 3)]
+    runs = segments(schedule.coefficients, plain)
     # Every run takes X from one batch to the other.
     X, other = (spare, O) if len(runs) % 2 else (O, spare)
     begin = X
@@ -98,28 +153,34 @@ def iteration(
     one, norm = scales[scale.ONE], "squares" if schedule.norm == "schatten4" else "trace"
     gram = 2.0 ** -(13 + math.ceil(math.log2(n)))  # so that no entry of the Gram matrix exceeds 2^15
     launches: Launches = []
+
+    def turn() -> bool:
+        """Every other launch goes backwards, and meets first what the one before it has left in the cache."""
+        return len(launches) % 2 == 1
+
     for r, run in enumerate(runs):
         first, last = r == 0, r == len(runs) - 1
         # Until this run ends, the other batch's memory is free for a square matrix: A here, or else the factors Z.
         free = other.as_strided((B, M, M), (M * M, M, 1))
         A = free if R is None else R
         if first:
-            launches.append(symmetric(X, X, A, one, gram, **{norm: shares[:B]}))
-            launches.append(scale.scales(shares[:B], largest, scales, gram, schedule.margin, eps, norm == "squares"))
+            launches.append(square(X, A, one, gram, back=turn(), **{norm: shares}))
+            launches.append(scale.scales(shares, largest, scales, gram, schedule.margin, eps, norm == "squares"))
         else:
-            launches.append(symmetric(X, X, A, one))
+            launches.append(square(X, A, one, back=turn()))
         for i, (a, b, c) in enumerate(run):
             raw = first and i == 0  # A is not normalised yet
             alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
             Z = free if i else Q
-            launches.append(symmetric(A, A, Z, scales[alphas], c, quadratic=(scales[betas], b, a)))
+            launches.append(square(A, Z, scales[alphas], c, quadratic=(scales[betas], b, a), back=turn()))
             if i:
-                launches.append(symmetric(Q, Z, P, one))
+                launches.append(product(Q, Z, P, one, turn()))
                 Q, P = P, Q
             if i < len(run) - 1:
-                launches.append(symmetric(A, Z, P, scales[scale.GRAM if raw else scale.ONE]))
-                launches.append(symmetric(P, Z, A, one))
+                launches.append(product(A, Z, P, scales[scale.GRAM if raw else scale.ONE], turn()))
+                launches.append(product(P, Z, A, one, turn()))
         k = {(True, True): scale.UNIT_T, (True, False): scale.UNIT, (False, True): scale.T}.get((first, last), scale.ONE)
-        launches.append(general(Q, X, other, scales[k], largest=finite if last else None))
+        target = out if last and out is not None else other
+        launches.append(general(Q, X, target, scales[k], largest=finite if last else None, back=turn()))
         X, other = other, X
     return begin, launches, Q

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from impl.kernels import iteration, places, scales
+from impl.kernels import iteration, places
 from impl.kernels.apply import unpack
 from impl.kernels.prepare import Source, largest, prepare
 from impl.layout import Section
@@ -16,11 +16,12 @@ from impl.schedules import Schedule
 
 
 class Batch(NamedTuple):
-    """Everything but the data: launches, the memory that they use, empty between calls, and where they look for the data."""
+    """Everything but the data: the launches, and the memory that they use, which is empty between calls."""
 
     arena: Tensor
-    pointers: Tensor
+    pointers: Tensor  # says where X is
     flags: Tensor
+    outs: list[tuple[slice, Tensor]]  # parts of the result, whose memory they share during a call
     launches: iteration.Launches
 
 
@@ -31,20 +32,31 @@ def batch(
     """The launches for `caller`, a thread and a stream, who alone may use them."""
     B, rows, columns = shape
     m, n = min(rows, columns), max(rows, columns)
-    size, needed = B * iteration.batch_numbers(m, n), B * iteration.scratch_numbers(m, n)
-    arena = torch.empty(size + needed, dtype=torch.float16, device=device)
-    O, memory = iteration.batch(arena, B, m, n), arena[size:]
+    chunk = min(B, iteration.chunk(m, device))
+    sizes = [B * iteration.batch_numbers(m, n), chunk * iteration.scratch_numbers(m, n)]
+    arena = torch.empty(sum(sizes), dtype=torch.float16, device=device)
+    memory, scratch = arena.split(sizes)
     pointers = torch.zeros(places.POINTERS, dtype=torch.int64, device=device)
     flags = torch.zeros(2, B, dtype=torch.int32, device=device)
-    ones, shares = torch.ones(scales.ROWS, B, device=device), iteration.shares(B, m, device)
-    X, launches, _ = iteration.iteration(O, m, schedule, eps, memory, shares, ones, *flags)
+    O = iteration.batch(memory, B, m, n)
     view = torch.empty(shape, device="meta").view(B, 1, 1, rows, columns)
     aligned = aligned and places.aligned(Section(rows), view)
     table = places.places(0, Section(rows), view, device)
     hyper = torch.zeros(4, dtype=torch.float64, device=device)
-    source = Source(table, pointers, 1, rows, columns, dtype, dtype, False, False, aligned, hyper, None)
-    before = [largest(source, flags[0]), prepare(source, flags[0], X)]
-    return Batch(arena, pointers, flags, [*before, *launches, unpack(O, pointers[0], rows, columns, dtype)])
+    form = (rows, columns, dtype, dtype)
+    launches: iteration.Launches = []
+    outs = []
+    for first in range(0, B, chunk):
+        here = slice(first, min(first + chunk, B))
+        norms = iteration.norms(here.stop - first, m, device)
+        source = Source(table[here], pointers, 1, *form, False, False, aligned, hyper, None)
+        out = torch.empty(here.stop - first, rows, columns, dtype=dtype, device=device)
+        outs.append((here, out))
+        direct = out if iteration.direct(out) else None
+        X, each, _ = iteration.iteration(O[here], m, schedule, eps, scratch, *norms, *flags[:, here], out=direct)
+        launches += [largest(source, flags[0, here]), prepare(source, flags[0, here], X), *each]
+        launches += [] if direct is not None else [unpack(O[here], out)]
+    return Batch(arena, pointers, flags, outs, launches)
 
 
 def orthogonalize(X: Tensor, schedule: Schedule, eps: float) -> Tensor:
@@ -55,10 +67,13 @@ def orthogonalize(X: Tensor, schedule: Schedule, eps: float) -> Tensor:
         caller = (threading.get_ident(), torch.cuda.current_stream().cuda_stream)
         these = batch(X.shape, X.dtype, schedule, eps, X.device, X.data_ptr() % 16 == 0, caller)
         these.arena.untyped_storage().resize_(2 * these.arena.numel())
-        addresses = [out.data_ptr(), 0, X.data_ptr()]
-        places.point(these.pointers, [], addresses)
+        for here, part in these.outs:
+            part.set_(out[here])
+        places.point(these.pointers, [], [0, 0, X.data_ptr()])
         these.flags.zero_()
         for run in these.launches:
             run()
+        for _, part in these.outs:
+            part.set_()
         these.arena.untyped_storage().resize_(0)
     return out

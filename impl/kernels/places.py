@@ -16,7 +16,7 @@ from torch import Tensor
 from impl.layout import Section
 
 FIELDS = 5  # in a row of `places`
-SIDE = 64  # elementwise kernels work on tiles of SIDE x SIDE
+TIMES = 2  # tiles that a program of an elementwise kernel works on, beside each other
 POINTERS = 8  # written by one launch
 
 
@@ -49,6 +49,16 @@ def aligned(section: Section, view: Tensor) -> bool:
     return all(number % 8 == 0 for number in (view.storage_offset(), view.shape[-1], *view.stride()[:-1]))
 
 
+def tile(transposed: bool) -> dict[str, int]:
+    """Rows and columns of a tile: long rows, unless its columns are rows elsewhere."""
+    return dict(DOWN=64, ACROSS=64, TIMES=TIMES) if transposed else dict(DOWN=16, ACROSS=256, TIMES=TIMES)
+
+
+def strips(batch: int, rows: int, columns: int, DOWN: int, ACROSS: int, TIMES: int) -> int:
+    """The number of programs that go through all strips of tiles of all matrices."""
+    return batch * -(-rows // DOWN) * -(-columns // (ACROSS * TIMES))
+
+
 @triton.jit(do_not_specialize=["at", "p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"])
 def point_kernel(
     pointers, at,
@@ -78,14 +88,14 @@ def point(pointers: Tensor, old: Sequence[int], new: Sequence[int]) -> None:
 
 
 @triton.jit
-def offsets(places, matrix, r, c, ALIGNED: tl.constexpr):
-    """Where, within its parameter, a matrix's entries in rows r and columns c are."""
+def rows_of(places, matrix, r, ALIGNED: tl.constexpr):
+    """Where, within its parameter, the rows r of a matrix begin."""
     place = places + matrix.to(tl.int64) * 5
-    run = tl.load(place + 2)
+    run = tl.load(place + 2).to(tl.int32)
     rows = tl.load(place + 1) + (r // run) * tl.load(place + 3) + (r % run) * tl.load(place + 4)
     if ALIGNED:
         rows = tl.multiple_of(rows, 8)
-    return rows[:, None] + c[None, :]
+    return rows
 
 
 @triton.jit
@@ -98,15 +108,17 @@ def array(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def tile_of(program, rows, columns, down, across, SIDE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The matrix that a program works on, its rows and columns there, and which of them exist.
+def strip_of(program, rows, columns, DOWN: tl.constexpr, WIDTH: tl.constexpr):
+    """The matrix that a program works on, DOWN of its rows, and the first of WIDTH columns."""
+    across = tl.cdiv(columns, WIDTH)
+    strips = tl.cdiv(rows, DOWN) * across
+    strip = program % strips
+    return program // strips, strip // across * DOWN + tl.arange(0, DOWN), strip % across * WIDTH
 
-    Programs go through `down` x `across` tiles of every matrix.
-    """
-    matrix = program // (down * across)
-    tile = program % (down * across)
-    r = tile // across * SIDE + tl.arange(0, SIDE)
-    c = tile % across * SIDE + tl.arange(0, SIDE)
+
+@triton.jit
+def within(r, c, rows, columns, ALIGNED: tl.constexpr):
+    """Which entries of a tile exist."""
     if ALIGNED:
         columns = tl.multiple_of(columns, 8)
-    return matrix, r, c, (r < rows)[:, None] & (c < columns)[None, :]
+    return (r < rows)[:, None] & (c < columns)[None, :]

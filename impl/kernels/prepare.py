@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impl.kernels.launch import launch, tiles
-from impl.kernels.places import SIDE, array, offsets, tile_of
+from impl.kernels.launch import launch
+from impl.kernels.places import array, rows_of, strip_of, strips, tile, within
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -55,38 +55,31 @@ class Source(NamedTuple):
             MOMENTUM=self.momentum,
             NESTEROV=self.nesterov,
             ALIGNED=self.aligned,
-            SIDE=SIDE,
         )
 
 
 @triton.jit
 def direction(
-    places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters,
-    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    G, M, at, inside, hyper, grad_scale,
+    SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    """The new momentum and the update direction of a tile, in float32; zeros where there is no gradient.
+    """The new momentum and the update direction of a tile, in float32.   [SPEC: MOM-1, MOM-2, SKIP-9]
 
-    Nothing is fused (enable_fp_fusion=False), so both passes and `apply` see the same bits.   [SPEC: MOM-1, MOM-2, SKIP-9]
+    Nothing is fused (enable_fp_fusion=False), so both passes and `apply` see the same bits.
     """
-    index = tl.load(places + matrix.to(tl.int64) * 5)
-    address = tl.load(pointers + 2 * parameters + index)
-    inside = inside & (address != 0)
-    at = offsets(places, matrix, r, c, ALIGNED)
-    G = tl.load(array(address, GRADIENT, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
+    G = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         G = tl.div_rn(G, tl.load(grad_scale) + tl.zeros_like(G))
-    M = G
+    M_new = G
     U = G
     if MOMENTUM:
         beta = tl.load(hyper + 2)
-        M = tl.load(array(tl.load(pointers + parameters + index), tl.float32, ALIGNED) + at, mask=inside, other=0.0)
         new = G * ((1.0 - beta) * tl.load(hyper + 3)).to(tl.float32)
-        M = M * beta.to(tl.float32) + new
-        U = M
+        M_new = tl.load(M + at, mask=inside, other=0.0) * beta.to(tl.float32) + new
+        U = M_new
         if NESTEROV:
-            U = new + M * beta.to(tl.float32)
-    return M, U
+            U = new + M_new * beta.to(tl.float32)
+    return M_new, U
 
 
 @triton.jit
@@ -109,43 +102,58 @@ def power(x, exponent):
 def largest_kernel(
     places, pointers, hyper, grad_scale, largest, parameters, rows, columns,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, SIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
-    """Raise a matrix's `largest` to the bits of the largest magnitude in a tile; infinity and NaN order above all."""
-    down, across = tl.cdiv(rows, SIDE), tl.cdiv(columns, SIDE)
-    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, ALIGNED)
-    _, U = direction(
-        places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters, GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED
-    )
-    bits = U.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(largest + matrix, tl.max(tl.max(bits, 1), 0))
+    """Raise a matrix's `largest` to the bits of the largest magnitude in a strip; infinity and NaN order above all."""
+    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
+    index = tl.load(places + matrix.to(tl.int64) * 5)
+    address = tl.load(pointers + 2 * parameters + index)
+    G = array(address, GRADIENT, ALIGNED)
+    M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
+    start = rows_of(places, matrix, r, ALIGNED)
+    top = tl.zeros((DOWN, ACROSS), tl.int32)
+    for i in tl.static_range(TIMES):
+        c = first + i * ACROSS + tl.arange(0, ACROSS)
+        inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+        _, U = direction(G, M, start[:, None] + c[None, :], inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+        top = tl.maximum(top, U.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.atomic_max(largest + matrix, tl.max(tl.max(top, 1), 0))
 
 
 @triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride"])
 def prepare_kernel(
     places, pointers, hyper, grad_scale, largest, X, parameters, rows, columns, height, stride,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, SIDE: tl.constexpr, TALL: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
-    down, across = tl.cdiv(rows if TALL else height, SIDE), tl.cdiv(height if TALL else columns, SIDE)
-    matrix, r, c, inside = tile_of(tl.program_id(0), rows, columns, down, across, SIDE, ALIGNED)
-    _, U = direction(
-        places, pointers, hyper, grad_scale, matrix, r, c, inside, parameters, GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED
-    )
+    """Write a strip of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
+    below, beside = (rows, height) if TALL else (height, columns)
+    matrix, r, first = strip_of(tl.program_id(0), below, beside, DOWN, ACROSS * TIMES)
+    index = tl.load(places + matrix.to(tl.int64) * 5)
+    address = tl.load(pointers + 2 * parameters + index)
+    G = array(address, GRADIENT, ALIGNED)
+    M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
+    start = rows_of(places, matrix, r, ALIGNED)
+    exponent = shift(tl.load(largest + matrix))
     stride = tl.multiple_of(stride, 8)
     X += matrix.to(tl.int64) * height * stride
-    U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
-    if TALL:
-        tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=(c < height)[:, None] & (r < rows)[None, :])
-    else:
-        tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=(r < height)[:, None] & (c < columns)[None, :])
+    for i in tl.static_range(TIMES):
+        c = first + i * ACROSS + tl.arange(0, ACROSS)
+        inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+        _, U = direction(G, M, start[:, None] + c[None, :], inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+        U = power(U, exponent).to(tl.float16)
+        written = within(r, c, below, beside, ALIGNED)
+        if TALL:
+            tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=written.T)
+        else:
+            tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=written)
 
 
 def largest(source: Source, out: Tensor) -> Callable[[], None]:
     """A launch that raises `out` (B,) int32, zeros at first, to the bits of each matrix's largest magnitude."""
-    programs = len(source.places) * tiles(source.rows, SIDE) * tiles(source.columns, SIDE)
-    arguments = {**source.arguments(), "largest": out}
+    shape = tile(transposed=False)
+    programs = strips(len(source.places), source.rows, source.columns, **shape)
+    arguments = {**source.arguments(), **shape, "largest": out}
     names = largest_kernel.arg_names
     return launch(largest_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
 
@@ -160,7 +168,9 @@ def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
     tall = source.rows > source.columns
     height = X.shape[1]
     sides = (source.rows, height) if tall else (height, source.columns)
-    programs = len(source.places) * tiles(sides[0], SIDE) * tiles(sides[1], SIDE)
-    arguments = {**source.arguments(), "largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
+    shape = tile(transposed=tall)
+    programs = strips(len(source.places), *sides, **shape)
+    mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
+    arguments = {**source.arguments(), **shape, **mine}
     names = prepare_kernel.arg_names
     return launch(prepare_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)

@@ -13,81 +13,128 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from impl.kernels.launch import describe, launch, processors
+from impl.kernels.launch import describe, early, launch, processors
 
-TILE = 128
-DEPTH = 64
+TILE, DEPTH, STAGES = 128, 64, 4
 
 
-@triton.jit(do_not_specialize=["batch", "m", "depth"])
-def symmetric_kernel(
-    a, b, c, d, alphas, betas, shares, alpha, beta, gamma, batch, m, depth,
-    QUADRATIC: tl.constexpr, SQUARES: tl.constexpr, TRACE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit
+def place(t, FIRST: tl.constexpr):
+    """Row and column of tile t above the diagonal, counted down the columns; FIRST is 0 to count those on it too."""
+    # Column j begins with tile j (j + 1) / 2, or j (j - 1) / 2 without the diagonal; the root may be off by one.
+    j = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
+    j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
+    return t - j * (j + 1) // 2, j + FIRST
+
+
+@triton.jit
+def accumulate(a, b, top, row, column, depth, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """A tile of A B^T."""
+    sums = tl.zeros((TILE, TILE), tl.float32)
+    for k in range(0, depth, DEPTH):
+        sums = tl.dot(a.load([top + row, k]), b.load([top + column, k]).T, sums)
+    return sums
+
+
+@triton.jit(do_not_specialize=["batch", "m", "depth", "back"])
+def square_kernel(
+    a, c, d, alphas, betas, shares, alpha, beta, gamma, batch, m, depth, back,
+    EARLY: tl.constexpr, QUADRATIC: tl.constexpr, SQUARES: tl.constexpr, TRACE: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program computes every `num_programs`-th tile on or above the diagonal, matrix by matrix."""
+    """B = A: one program computes every `num_programs`-th tile on or above the diagonal, matrix by matrix."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     strips = m // TILE
     tiles = strips * (strips + 1) // 2
     inside = tl.arange(0, TILE)
-    for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
+    # Flattened, so that the next tile's loads are under way while this one is stored.
+    for n in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
+        tile = tl.where(back != 0, batch * tiles - 1 - n, n)
         matrix = tile // tiles
-        t = tile % tiles
-        # Tile t of the triangle is in row i of column j, where j (j + 1) / 2 <= t; the square root may be off by one.
-        j = ((tl.sqrt((8 * t + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
-        j = tl.where(j * (j + 1) // 2 > t, j - 1, j)
-        j = tl.where((j + 1) * (j + 2) // 2 <= t, j + 1, j)
-        i = t - j * (j + 1) // 2
+        i, j = place(tile % tiles, 0)
         top = matrix * m
         row = i * TILE
         column = j * TILE
-        sums = tl.zeros((TILE, TILE), tl.float32)
-        for k in range(0, depth, DEPTH):
-            sums = tl.dot(a.load([top + row, k]), b.load([top + column, k]).T, sums)
-        D = sums * (alpha * tl.load(alphas + matrix))
-        diagonal = (row + inside)[:, None] == (column + inside)[None, :]
+        D = accumulate(a, a, top, row, column, depth, TILE, DEPTH) * (alpha * tl.load(alphas + matrix))
         if QUADRATIC:
             D += c.load([top + row, column]).to(tl.float32) * (beta * tl.load(betas + matrix))
-            D += tl.where(diagonal, gamma, 0.0)
+            D += tl.where(inside[:, None] == inside[None, :], tl.where(i == j, gamma, 0.0), 0.0)
         if SQUARES:
             tl.store(shares + tile, tl.sum(tl.sum(D * D, 1), 0) * tl.where(i == j, 1.0, 2.0))
         if TRACE:
-            tl.store(shares + tile, tl.sum(tl.sum(tl.where(diagonal, D, 0.0), 1), 0))
+            trace = tl.sum(tl.sum(tl.where(inside[:, None] == inside[None, :], D, 0.0), 1), 0)
+            tl.store(shares + tile, tl.where(i == j, trace, 0.0))
         D16 = D.to(tl.float16)
-        if i == j:
-            # Rounding errors that are not symmetric would grow from product to product.
-            d.store([top + row, column], tl.where(inside[:, None] <= inside[None, :], D16, D16.T))
-        else:
-            d.store([top + row, column], D16)
-            d.store([top + column, row], D16.T)
+        d.store([top + row, column], D16)
+        # Beyond the last column nothing is written: a tile on the diagonal is its own mirror image.
+        d.store([top + column, tl.where(i == j, m, row)], D16.T)
 
 
-def symmetric(
+@triton.jit(do_not_specialize=["batch", "m", "back"])
+def product_kernel(
+    a, b, d, alphas, batch, m, back, EARLY: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """B unlike A: first the tiles above the diagonals, then those on them."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    strips = m // TILE
+    above = strips * (strips - 1) // 2
+    inside = tl.arange(0, TILE)
+    programs = tl.num_programs(0)
+    for n in tl.range(tl.program_id(0), batch * above, programs, flatten=True):
+        tile = tl.where(back != 0, batch * above - 1 - n, n)
+        matrix = tile // above
+        i, j = place(tile % above, 1)
+        top = matrix * m
+        D = accumulate(a, b, top, i * TILE, j * TILE, m, TILE, DEPTH) * tl.load(alphas + matrix)
+        D16 = D.to(tl.float16)
+        d.store([top + i * TILE, j * TILE], D16)
+        d.store([top + j * TILE, i * TILE], D16.T)
+    # The programs that have had a tile less go first.
+    for n in range((tl.program_id(0) + programs - batch * above % programs) % programs, batch * strips, programs):
+        tile = tl.where(back != 0, batch * strips - 1 - n, n)
+        matrix = tile // strips
+        top = matrix * m
+        row = tile % strips * TILE
+        D = accumulate(a, b, top, row, row, m, TILE, DEPTH) * tl.load(alphas + matrix)
+        D16 = D.to(tl.float16)
+        # The two halves differ by roundings, which would grow from product to product.
+        d.store([top + row, row], tl.where(inside[:, None] <= inside[None, :], D16, D16.T))
+
+
+def square(
     A: Tensor,
-    B: Tensor,
     D: Tensor,
     alphas: Tensor,
     alpha: float = 1.0,
     quadratic: tuple[Tensor, float, float] | None = None,
     squares: Tensor | None = None,
     trace: Tensor | None = None,
+    back: bool = False,
 ) -> Callable[[], None]:
-    """A launch of D = alpha A B^T, plus beta A + gamma I with `quadratic`.
+    """A launch of D = alpha A A^T, plus beta A + gamma I with `quadratic`, for symmetric A.
 
     Args:
-        A, B: (B, m, k) float16, m a multiple of TILE; rows 16 bytes apart or a multiple of that.
-        D: (B, m, m) float16, in other memory than A and B; every entry is written.
+        A: (B, m, k) float16, m a multiple of TILE; rows 16 bytes apart or a multiple of that.
+        D: (B, m, m) float16, in other memory than A; every entry is written.
         alphas: (B,) float32, multiplies `alpha`.
-        quadratic: (betas, beta, gamma), betas (B,) float32.
+        quadratic: (betas, beta, gamma), betas (B,) float32, multiplies `beta`.
         squares, trace: (B, m / TILE * (m / TILE + 1) / 2) float32, where to put each computed tile's share of D's sum of
             squares, or of D's trace.
+        back: from the last matrix to the first.
     """
     betas, beta, gamma = quadratic or (alphas, 0.0, 0.0)
     shares = squares if trace is None else trace
     strips = D.shape[1] // TILE
     arguments = dict(
         a=describe(A, TILE, DEPTH),
-        b=describe(B, TILE, DEPTH),
-        c=describe(A if quadratic else D, TILE, TILE),
+        c=describe(A, TILE, TILE) if quadratic else None,
         d=describe(D, TILE, TILE),
         alphas=alphas,
         betas=betas,
@@ -98,6 +145,8 @@ def symmetric(
         batch=len(D),
         m=D.shape[1],
         depth=A.shape[2],
+        back=int(back),
+        EARLY=bool(early(D.device)),
         QUADRATIC=quadratic is not None,
         SQUARES=squares is not None,
         TRACE=trace is not None,
@@ -105,12 +154,31 @@ def symmetric(
         DEPTH=DEPTH,
     )
     programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
-    return launch(symmetric_kernel, programs, arguments, num_warps=4, num_stages=4)
+    return launch(square_kernel, programs, arguments, num_warps=4, num_stages=STAGES, **early(D.device))
+
+
+def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False) -> Callable[[], None]:
+    """A launch of D = alpha A B for symmetric A and B that commute; shapes and arguments as in `square`."""
+    strips = D.shape[1] // TILE
+    arguments = dict(
+        a=describe(A, TILE, DEPTH),
+        b=describe(B, TILE, DEPTH),
+        d=describe(D, TILE, TILE),
+        alphas=alphas,
+        batch=len(D),
+        m=D.shape[1],
+        back=int(back),
+        EARLY=bool(early(D.device)),
+        TILE=TILE,
+        DEPTH=DEPTH,
+    )
+    programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
+    return launch(product_kernel, programs, arguments, num_warps=4, num_stages=STAGES, **early(D.device))
 
 
 def oracle(A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, gamma: float) -> Tensor:
     """The same in float32, for matrices B and coefficients (B,)."""
-    product = A.float() @ B.float().mT * alpha[:, None, None]
-    if A.shape != product.shape:
-        return product
-    return product + A.float() * beta[:, None, None] + gamma * torch.eye(A.shape[-1], device=A.device)
+    D = A.float() @ B.float().mT * alpha[:, None, None]
+    if A.shape != D.shape:
+        return D
+    return D + A.float() * beta[:, None, None] + gamma * torch.eye(A.shape[-1], device=A.device)

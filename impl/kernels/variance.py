@@ -9,21 +9,22 @@ from torch import Tensor
 
 from impl.kernels.apply import update
 from impl.kernels.launch import launch, tiles
-from impl.kernels.places import SIDE, offsets, tile_of
+from impl.kernels.places import rows_of, strip_of, within
 from impl.stages import VARIANCE_FLOOR
 
-BLOCK = 1024
+BLOCK, SIDE = 1024, 64
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "stride"])
 def squares_kernel(O, squares, rows, columns, height, stride, SIDE: tl.constexpr, TALL: tl.constexpr):
     """The sums of squares of SIDE rows of a matrix."""
-    down = tl.cdiv(rows, SIDE)
+    matrix, r, _ = strip_of(tl.program_id(0), rows, 1, SIDE, 1)
+    stride = tl.multiple_of(stride, 8)
+    O += matrix.to(tl.int64) * height * stride
     total = tl.zeros((SIDE,), tl.float32)
-    matrix, r, c, _ = tile_of(tl.program_id(0), rows, columns, down, 1, SIDE, False)
     for start in range(0, columns, SIDE):
-        inside = (r < rows)[:, None] & (start + c < columns)[None, :]
-        D = update(O, matrix, height, stride, r, start + c, inside, SIDE, TALL)
+        c = start + tl.arange(0, SIDE)
+        D = update(O, height, stride, r, c, within(r, c, rows, columns, False), TALL)
         total += tl.sum(D * D, 1)
     tl.store(squares + matrix.to(tl.int64) * rows + r, total, mask=r < rows)
 
@@ -39,13 +40,12 @@ def variance_kernel(
         V = tl.load(pointers + 3 * parameters + index).to(tl.pointer_type(tl.float32))
         present = tl.load(pointers + 2 * parameters + index) != 0
         first = matrix.to(tl.int64) * rows
-        one = tl.zeros((1,), tl.int32)
         before = tl.zeros((BLOCK,), tl.float32)
         after = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, rows, BLOCK):
             r = start + tl.arange(0, BLOCK)
             inside = (r < rows) & present
-            at = tl.reshape(offsets(places, matrix, r, one, False), (BLOCK,))
+            at = rows_of(places, matrix, r, False)
             square = tl.load(squares + first + r, mask=inside, other=0.0)
             v = tl.load(V + at, mask=inside, other=0.0) * beta + square / columns * rest
             tl.store(V + at, v, mask=inside)
