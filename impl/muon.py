@@ -155,12 +155,12 @@ class Muon(Optimizer):
         ready = self._ready()
         if ready:
             self._init_state()
-        self._plan(ready)
+        mine = self._plan(ready)
         for plan in self.plans.values():
             plan.prepare(self.state, getattr(self, "grad_scale", None))
-        # What is planned and has no part for AdamW is done.
-        rest = [(group, p, G) for group, p, G in ready if "step" in self.state[p] or not planned(group, p)]
-        prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, planned(group, p)) for group, p, G in rest]
+        rest = [(group, p, G) for group, p, G in ready if p not in mine or "step" in self.state[p]]
+        check = self.guard.skip_nonfinite
+        prepared = [prepare(group, p, self.state[p], G(), check, planned=p in mine) for group, p, G in rest]
         code = self._decide(prepared)
         if self.guard.wants_dump(code):
             self.guard.write_dump(self._culprits(rest, prepared))
@@ -175,15 +175,18 @@ class Muon(Optimizer):
         every = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for group in self.param_groups:
             check_options(group, wait=False)  # a scheduler may have written to it
-        for group, p in every:
-            check_step(group, p, self.state.get(p, {}))
+            check_step(group, self.state)
         return [(group, p, partial(gradient, group, p, getattr(self, "grad_scale", None))) for group, p in every]
 
-    def _plan(self, ready: list[Ready]) -> None:
-        """What the kernels do in this step, if anything, also with parameters without a gradient: those come and go."""
-        every = [(group, p) for group in self.param_groups for p in group["params"]] if ready else []
-        entries = [(group, p) for group, p in every if self.state.get(p) and planned(group, p)]
+    def _plan(self, ready: list[Ready]) -> set[Tensor]:
+        """Plan what the kernels do in this step; return the parameters whose matrices they step.
+
+        Those without a gradient are among them, unless nothing has one: gradients come and go.
+        """
+        groups = self.param_groups if ready else []
+        entries = [(group, p) for group in groups for p in planned(group) if self.state.get(p)]
         self.plans = plans(self.plans, entries, self.state, getattr(self, "grad_scale", None) is not None)
+        return {p for _, p in entries}
 
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from impl.layout import Layout, cut, matrices
 from impl.options import algorithms, lr_scale
@@ -31,12 +32,13 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def planned(group: Mapping[str, Any], p: Tensor) -> bool:
-    """Whether the kernels step the matrices of this parameter."""
-    plain = type(p.data) is Tensor and p.dtype in DTYPES and p.is_contiguous() and p.numel() > 0
-    eps = group["eps"]
-    known = not isinstance(eps, Tensor) or not eps.is_cuda
-    return usable(p.device) and plain and known and "muon" in algorithms(group)
+def planned(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group whose matrices the kernels step: dense ones on a GPU, but for float64."""
+    waits = isinstance(group["eps"], Tensor) and group["eps"].is_cuda  # the kernels want it on the host
+    if waits or "muon" not in algorithms(group):
+        return []
+    dense = (p for p in group["params"] if type(p) in (Tensor, Parameter) and usable(p.device))
+    return [p for p in dense if p.dtype in DTYPES and p.is_contiguous() and p.numel()]
 
 
 class Part(NamedTuple):
@@ -56,7 +58,8 @@ Tables = Mapping[Part, tuple[Tensor, Tensor | None]]
 def signature(entries: Sequence[Entry], state: States, scaled: bool) -> tuple[Any, ...]:
     """All that a plan depends on. Values that change from step to step, and addresses, it reads again in each."""
     options = ("ns_coefficients", "ns_steps", "eps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
-    groups = {id(group): repr([group[option] for option in options]) for group, _ in entries}
+    unique = {id(group): group for group, _ in entries}
+    groups = {key: repr([group[option] for option in options]) for key, group in unique.items()}
     numbers = {key: i for i, key in enumerate(groups)}
     members = tuple((numbers[id(group)], p.shape, p.dtype, gradient_dtype(p), aligned(p, state[p])) for group, p in entries)
     return scaled, tuple(groups.values()), members
@@ -155,7 +158,7 @@ class Plan:
         sizes = [B * iteration.batch_numbers(*key[:2]) for key, B in zip(batches, counts, strict=True)]
         chunks, needed = [], 0
         for (m, n, *_), B in zip(batches, counts, strict=True):
-            chunks.append(min(B, iteration.chunk(m, self.device)))
+            chunks.append(iteration.chunk(B, m, n))
             needed = max(needed, chunks[-1] * iteration.scratch_numbers(m, n))
         self.arena = torch.empty(sum(sizes) + needed, dtype=torch.float16, device=self.device)
         *memory, scratch = self.arena.split([*sizes, needed])

@@ -46,20 +46,26 @@ def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
     return {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, device) in forms.items()}
 
 
-def check_step(group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor]) -> None:
-    """Raise RuntimeError if a parameter that has a gradient cannot be stepped.   [SPEC: ERR-3]"""
-    if p.is_complex():
-        raise RuntimeError("Muon does not support complex parameters; use torch.view_as_real on the weight")
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
-    if state and set(state) != set(state_keys(group)):
-        raise RuntimeError(
-            f"a group's options ask for state {state_keys(group)} but {tuple(state)} was made with others; put them back, or "
-            "make a new optimizer"
-        )
-    for key, value in state.items():
-        if (value.shape, value.dtype, value.device) != form(group, key, p):
-            raise RuntimeError(f"a parameter is {p.dtype} {tuple(p.shape)} on {p.device} and was not when its {key} was made")
+def check_step(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Raise RuntimeError if a parameter of the group that has a gradient cannot be stepped.   [SPEC: ERR-3]"""
+    keys = state_keys(group)
+    for p in group["params"]:
+        if p.grad is None:
+            continue
+        if p.is_complex():
+            raise RuntimeError("Muon does not support complex parameters; use torch.view_as_real on the weight")
+        if p.grad.layout != torch.strided:
+            raise RuntimeError("Muon does not support sparse gradients; route this parameter to another optimizer")
+        state = states.get(p, {})
+        if state and state.keys() != set(keys):
+            raise RuntimeError(
+                f"a group's options ask for state {keys} but {tuple(state)} was made with others; put them back, or make a "
+                "new optimizer"
+            )
+        for key, value in state.items():
+            if (value.shape, value.dtype, value.device) != form(group, key, p):
+                was = f"{p.dtype} {tuple(p.shape)} on {p.device}"
+                raise RuntimeError(f"a parameter is {was} and was not when its {key} was made")
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:

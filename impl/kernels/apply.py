@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import array, rows_of, strip_of, strips, tile, within
+from impl.kernels.places import array, programs, rows_of, tile, tile_of, within
 from impl.kernels.prepare import DTYPES, Source, direction
 
 
@@ -26,11 +26,11 @@ def update(O, height, stride, r, c, inside, TALL: tl.constexpr):
 def apply_kernel(
     places, pointers, hyper, grad_scale, O, row_scale, code, scale, parameters, rows, columns, height, stride,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, WEIGHT: tl.constexpr, TALL: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, WEIGHT: tl.constexpr, TALL: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write a strip of M, unless `code` says that a gradient was at fault, and of W, unless it says anything."""
-    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
+    """Write a tile of M, unless `code` says that a gradient was at fault, and of W, unless it says anything."""
+    matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
     index = tl.load(places + matrix.to(tl.int64) * 5)
     address = tl.load(pointers + 2 * parameters + index)
     fault = tl.load(code)
@@ -38,24 +38,21 @@ def apply_kernel(
         G = array(address, GRADIENT, ALIGNED)
         M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
         W = array(tl.load(pointers + index), WEIGHT, ALIGNED)
-        start = rows_of(places, matrix, r, ALIGNED)
+        at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
         lr = tl.load(hyper)
         kept = (1.0 - lr * tl.load(hyper + 1)).to(tl.float32)
         step = (lr * scale).to(tl.float32)
         stride = tl.multiple_of(stride, 8)
         O += matrix.to(tl.int64) * height * stride
-        for i in tl.static_range(TIMES):
-            c = first + i * ACROSS + tl.arange(0, ACROSS)
-            inside = within(r, c, rows, columns, ALIGNED)
-            at = start[:, None] + c[None, :]
-            M_new, _ = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
-            tl.store(M + at, M_new, mask=inside)
-            if fault == 0:
-                D = update(O, height, stride, r, c, inside, TALL)
-                if ROWS:
-                    D *= tl.load(row_scale + matrix.to(tl.int64) * rows + r, mask=r < rows, other=0.0)[:, None]
-                new = tl.load(W + at, mask=inside, other=0.0).to(tl.float32) * kept - D * step
-                tl.store(W + at, new.to(WEIGHT), mask=inside)
+        inside = within(r, c, rows, columns, ALIGNED)
+        M_new, _ = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+        tl.store(M + at, M_new, mask=inside)
+        if fault == 0:
+            D = update(O, height, stride, r, c, inside, TALL)
+            if ROWS:
+                D *= tl.load(row_scale + matrix.to(tl.int64) * rows + r, mask=r < rows, other=0.0)[:, None]
+            new = tl.load(W + at, mask=inside, other=0.0).to(tl.float32) * kept - D * step
+            tl.store(W + at, new.to(WEIGHT), mask=inside)
 
 
 def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tensor | None = None) -> Callable[[], None]:
@@ -82,28 +79,26 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         "TALL": tall,
         "ROWS": row_scale is not None,
     }
-    programs = strips(len(source.places), source.rows, source.columns, **shape)
+    number = programs(len(source.places), source.rows, source.columns, **shape)
     names = apply_kernel.arg_names
-    return launch(apply_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(apply_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "stride"])
 def unpack_kernel(
     O, out, rows, columns, height, stride,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, TALL: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """Write a strip of O to an array of whole matrices."""
-    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
+    """Write a tile of O to an array of whole matrices."""
+    matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
     stride = tl.multiple_of(stride, 8)
     O += matrix.to(tl.int64) * height * stride
     out += matrix.to(tl.int64) * rows * columns
     if ALIGNED:
         columns = tl.multiple_of(columns, 8)
-    for i in tl.static_range(TIMES):
-        c = first + i * ACROSS + tl.arange(0, ACROSS)
-        inside = within(r, c, rows, columns, ALIGNED)
-        D = update(O, height, stride, r, c, inside, TALL)
-        tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], D.to(out.dtype.element_ty), mask=inside)
+    inside = within(r, c, rows, columns, ALIGNED)
+    D = update(O, height, stride, r, c, inside, TALL)
+    tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], D.to(out.dtype.element_ty), mask=inside)
 
 
 def unpack(O: Tensor, out: Tensor) -> Callable[[], None]:
@@ -121,4 +116,4 @@ def unpack(O: Tensor, out: Tensor) -> Callable[[], None]:
         **shape,
         TALL=rows > columns,
     )
-    return launch(unpack_kernel, strips(batch, rows, columns, **shape), arguments, num_warps=8)
+    return launch(unpack_kernel, programs(batch, rows, columns, **shape), arguments, num_warps=8)

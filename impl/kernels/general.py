@@ -6,9 +6,8 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from impl.kernels.launch import describe, early, launch, processors, tiles
+from impl.kernels.launch import describe, launch, processors, tiles
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 
@@ -16,12 +15,9 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64
 @triton.jit(do_not_specialize=["batch", "m", "n", "back"])
 def general_kernel(
     a, x, d, alphas, largest, batch, m, n, back,
-    EARLY: tl.constexpr, LARGEST: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    LARGEST: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program computes every `num_programs`-th tile, matrix by matrix and down the columns."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     down = m // ROWS
     tiles = down * tl.cdiv(n, COLUMNS)
     # Flattened, so that the next tile's loads are under way while this one is stored.
@@ -74,7 +70,6 @@ def general(
         m=m,
         n=n,
         back=int(back),
-        EARLY=bool(early(D.device)),
         LARGEST=largest is not None,
         TRANSPOSED=transposed,
         ROWS=ROWS,
@@ -82,7 +77,7 @@ def general(
         DEPTH=DEPTH,
     )
     programs = min(batch * (m // ROWS) * tiles(n, COLUMNS), processors(X.device))
-    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3, **early(D.device))
+    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3)
 
 
 def oracle(A: Tensor, X: Tensor, alpha: Tensor) -> Tensor:

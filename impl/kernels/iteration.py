@@ -15,12 +15,12 @@ from torch import Tensor
 
 from impl.kernels import scales as scale
 from impl.kernels.general import COLUMNS, general
-from impl.kernels.launch import processors, tiles
+from impl.kernels.launch import tiles
 from impl.kernels.symmetric import TILE, product, square
 from impl.schedules import Quintic, Schedule
 
 Launches = list[Callable[[], None]]
-WAVES = 4
+SCRATCH = 2**30  # bytes
 
 
 def padded(m: int) -> int:
@@ -64,13 +64,10 @@ def scratch_numbers(m: int, n: int) -> int:
     return batch_numbers(m, n) + (1 if m == n else 3) * padded(m) ** 2
 
 
-def chunk(m: int, device: torch.device) -> int:
-    """How many matrices are iterated together: as many as have WAVES tiles for each processor, so that few of those wait.
-
-    What a launch reads and writes is then about as large as the cache, whatever m is.
-    """
-    strips = padded(m) // TILE
-    return max(1, WAVES * processors(device) // (strips * (strips + 1) // 2))
+def chunk(B: int, m: int, n: int) -> int:
+    """How many of B matrices are iterated together: few launches, within SCRATCH if that is enough for one matrix."""
+    at_most = max(1, SCRATCH // 2 // scratch_numbers(m, n))
+    return -(-B // -(-B // at_most))
 
 
 def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -78,42 +75,6 @@ def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     strips = padded(m) // TILE
     shares = torch.empty(B, strips * (strips + 1) // 2, device=device)
     return shares, torch.ones(scale.ROWS, B, device=device)
-
-
-def direct(out: Tensor) -> bool:
-    """Whether the last product can write to whole, contiguous matrices (B, rows, columns)."""
-    _, rows, columns = out.shape
-    fits = rows % COLUMNS == columns % TILE == 0 if rows > columns else rows % TILE == 0
-    return fits and columns * out.element_size() % 16 == 0
-
-
-def segments(coefficients: tuple[Quintic, ...], square: bool) -> list[tuple[Quintic, ...]]:
-    """The quintics between two products with X."""
-    steps, length = len(coefficients), 1 if square else 2
-    runs = [coefficients[i : i + length] for i in range(0, steps, length)]
-    if not square and steps % 2 and steps >= 5:
-        runs[-2:] = [coefficients[-3:]]
-    return runs
-
-
-def scratch_numbers(m: int, n: int) -> int:
-    """The float16 numbers that an iteration works in for each matrix, beside the batch in which it ends."""
-    return batch_numbers(m, n) + (1 if m == n else 3) * padded(m) ** 2
-
-
-def chunk(m: int, device: torch.device) -> int:
-    """How many matrices are iterated together: as many as have WAVES tiles for each processor, so that few of those wait.
-
-    What a launch reads and writes is then about as large as the cache, whatever m is.
-    """
-    strips = padded(m) // TILE
-    return max(1, WAVES * processors(device) // (strips * (strips + 1) // 2))
-
-
-def shares(B: int, m: int, device: torch.device) -> Tensor:
-    """Memory for the norms of B Gram matrices, by tile."""
-    strips = padded(m) // TILE
-    return torch.empty(B, strips * (strips + 1) // 2, device=device)
 
 
 def iteration(

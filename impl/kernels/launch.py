@@ -29,15 +29,6 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], **options: Any
     return run
 
 
-def early(device: torch.device) -> dict[str, bool]:
-    """The option by which a kernel is launched while the one before it ends, where the GPU can do that.
-
-    Such a kernel begins with `gdc_wait`, which waits for all that the kernels before it have written.
-    """
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"launch_pdl": True} if able else {}
-
-
 def processors(device: torch.device) -> int:
     """How many programs that fill a multiprocessor run at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

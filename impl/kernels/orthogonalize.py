@@ -32,7 +32,7 @@ def batch(
     """The launches for `caller`, a thread and a stream, who alone may use them."""
     B, rows, columns = shape
     m, n = min(rows, columns), max(rows, columns)
-    chunk = min(B, iteration.chunk(m, device))
+    chunk = iteration.chunk(B, m, n)
     sizes = [B * iteration.batch_numbers(m, n), chunk * iteration.scratch_numbers(m, n)]
     arena = torch.empty(sum(sizes), dtype=torch.float16, device=device)
     memory, scratch = arena.split(sizes)

@@ -16,7 +16,6 @@ from torch import Tensor
 from impl.layout import Section
 
 FIELDS = 5  # in a row of `places`
-TIMES = 2  # tiles that a program of an elementwise kernel works on, beside each other
 POINTERS = 8  # written by one launch
 
 
@@ -50,13 +49,13 @@ def aligned(section: Section, view: Tensor) -> bool:
 
 
 def tile(transposed: bool) -> dict[str, int]:
-    """Rows and columns of a tile: long rows, unless its columns are rows elsewhere."""
-    return dict(DOWN=64, ACROSS=64, TIMES=TIMES) if transposed else dict(DOWN=16, ACROSS=256, TIMES=TIMES)
+    """Rows and columns of an elementwise kernel's tile: long rows, but not if its columns are rows elsewhere."""
+    return dict(DOWN=32, ACROSS=128) if transposed else dict(DOWN=16, ACROSS=256)
 
 
-def strips(batch: int, rows: int, columns: int, DOWN: int, ACROSS: int, TIMES: int) -> int:
-    """The number of programs that go through all strips of tiles of all matrices."""
-    return batch * -(-rows // DOWN) * -(-columns // (ACROSS * TIMES))
+def programs(batch: int, rows: int, columns: int, DOWN: int, ACROSS: int) -> int:
+    """One for each tile of each matrix."""
+    return batch * -(-rows // DOWN) * -(-columns // ACROSS)
 
 
 @triton.jit(do_not_specialize=["at", "p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"])
@@ -108,12 +107,12 @@ def array(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def strip_of(program, rows, columns, DOWN: tl.constexpr, WIDTH: tl.constexpr):
-    """The matrix that a program works on, DOWN of its rows, and the first of WIDTH columns."""
-    across = tl.cdiv(columns, WIDTH)
-    strips = tl.cdiv(rows, DOWN) * across
-    strip = program % strips
-    return program // strips, strip // across * DOWN + tl.arange(0, DOWN), strip % across * WIDTH
+def tile_of(program, rows, columns, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """The matrix that a program works on, and its tile's rows and columns."""
+    across = tl.cdiv(columns, ACROSS)
+    tiles = tl.cdiv(rows, DOWN) * across
+    t = program % tiles
+    return program // tiles, t // across * DOWN + tl.arange(0, DOWN), t % across * ACROSS + tl.arange(0, ACROSS)
 
 
 @triton.jit

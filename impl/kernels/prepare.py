@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import array, rows_of, strip_of, strips, tile, within
+from impl.kernels.places import array, programs, rows_of, tile, tile_of, within
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -102,60 +102,53 @@ def power(x, exponent):
 def largest_kernel(
     places, pointers, hyper, grad_scale, largest, parameters, rows, columns,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Raise a matrix's `largest` to the bits of the largest magnitude in a strip; infinity and NaN order above all."""
-    matrix, r, first = strip_of(tl.program_id(0), rows, columns, DOWN, ACROSS * TIMES)
+    """Raise a matrix's `largest` to the bits of the largest magnitude in a tile; infinity and NaN order above all."""
+    matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
     index = tl.load(places + matrix.to(tl.int64) * 5)
     address = tl.load(pointers + 2 * parameters + index)
     G = array(address, GRADIENT, ALIGNED)
     M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
-    start = rows_of(places, matrix, r, ALIGNED)
-    top = tl.zeros((DOWN, ACROSS), tl.int32)
-    for i in tl.static_range(TIMES):
-        c = first + i * ACROSS + tl.arange(0, ACROSS)
-        inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
-        _, U = direction(G, M, start[:, None] + c[None, :], inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
-        top = tl.maximum(top, U.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.atomic_max(largest + matrix, tl.max(tl.max(top, 1), 0))
+    at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
+    inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+    _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+    tl.atomic_max(largest + matrix, tl.max(tl.max(U.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0))
 
 
 @triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride"])
 def prepare_kernel(
     places, pointers, hyper, grad_scale, largest, X, parameters, rows, columns, height, stride,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TIMES: tl.constexpr, TALL: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """Write a strip of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
+    """Write a tile of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
     below, beside = (rows, height) if TALL else (height, columns)
-    matrix, r, first = strip_of(tl.program_id(0), below, beside, DOWN, ACROSS * TIMES)
+    matrix, r, c = tile_of(tl.program_id(0), below, beside, DOWN, ACROSS)
     index = tl.load(places + matrix.to(tl.int64) * 5)
     address = tl.load(pointers + 2 * parameters + index)
     G = array(address, GRADIENT, ALIGNED)
     M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
-    start = rows_of(places, matrix, r, ALIGNED)
-    exponent = shift(tl.load(largest + matrix))
+    at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
+    inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+    _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+    U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
     stride = tl.multiple_of(stride, 8)
     X += matrix.to(tl.int64) * height * stride
-    for i in tl.static_range(TIMES):
-        c = first + i * ACROSS + tl.arange(0, ACROSS)
-        inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
-        _, U = direction(G, M, start[:, None] + c[None, :], inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
-        U = power(U, exponent).to(tl.float16)
-        written = within(r, c, below, beside, ALIGNED)
-        if TALL:
-            tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=written.T)
-        else:
-            tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=written)
+    written = within(r, c, below, beside, ALIGNED)
+    if TALL:
+        tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=written.T)
+    else:
+        tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=written)
 
 
 def largest(source: Source, out: Tensor) -> Callable[[], None]:
     """A launch that raises `out` (B,) int32, zeros at first, to the bits of each matrix's largest magnitude."""
     shape = tile(transposed=False)
-    programs = strips(len(source.places), source.rows, source.columns, **shape)
+    number = programs(len(source.places), source.rows, source.columns, **shape)
     arguments = {**source.arguments(), **shape, "largest": out}
     names = largest_kernel.arg_names
-    return launch(largest_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(largest_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
 
 
 def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
@@ -169,8 +162,8 @@ def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
     height = X.shape[1]
     sides = (source.rows, height) if tall else (height, source.columns)
     shape = tile(transposed=tall)
-    programs = strips(len(source.places), *sides, **shape)
+    number = programs(len(source.places), *sides, **shape)
     mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
     arguments = {**source.arguments(), **shape, **mine}
     names = prepare_kernel.arg_names
-    return launch(prepare_kernel, programs, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)

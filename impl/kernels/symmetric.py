@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from impl.kernels.launch import describe, early, launch, processors
+from impl.kernels.launch import describe, launch, processors
 
 TILE, DEPTH, STAGES = 128, 64, 4
 
@@ -42,13 +41,10 @@ def accumulate(a, b, top, row, column, depth, TILE: tl.constexpr, DEPTH: tl.cons
 @triton.jit(do_not_specialize=["batch", "m", "depth", "back"])
 def square_kernel(
     a, c, d, alphas, betas, shares, alpha, beta, gamma, batch, m, depth, back,
-    EARLY: tl.constexpr, QUADRATIC: tl.constexpr, SQUARES: tl.constexpr, TRACE: tl.constexpr,
+    QUADRATIC: tl.constexpr, SQUARES: tl.constexpr, TRACE: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """B = A: one program computes every `num_programs`-th tile on or above the diagonal, matrix by matrix."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     strips = m // TILE
     tiles = strips * (strips + 1) // 2
     inside = tl.arange(0, TILE)
@@ -77,12 +73,9 @@ def square_kernel(
 
 @triton.jit(do_not_specialize=["batch", "m", "back"])
 def product_kernel(
-    a, b, d, alphas, batch, m, back, EARLY: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, d, alphas, batch, m, back, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """B unlike A: first the tiles above the diagonals, then those on them."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     strips = m // TILE
     above = strips * (strips - 1) // 2
     inside = tl.arange(0, TILE)
@@ -146,7 +139,6 @@ def square(
         m=D.shape[1],
         depth=A.shape[2],
         back=int(back),
-        EARLY=bool(early(D.device)),
         QUADRATIC=quadratic is not None,
         SQUARES=squares is not None,
         TRACE=trace is not None,
@@ -154,7 +146,8 @@ def square(
         DEPTH=DEPTH,
     )
     programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
-    return launch(square_kernel, programs, arguments, num_warps=4, num_stages=STAGES, **early(D.device))
+    # The quadratic holds two tiles at a time, which takes the registers of twice as many threads.
+    return launch(square_kernel, programs, arguments, num_warps=8 if quadratic else 4, num_stages=STAGES)
 
 
 def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False) -> Callable[[], None]:
@@ -168,12 +161,11 @@ def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False)
         batch=len(D),
         m=D.shape[1],
         back=int(back),
-        EARLY=bool(early(D.device)),
         TILE=TILE,
         DEPTH=DEPTH,
     )
     programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
-    return launch(product_kernel, programs, arguments, num_warps=4, num_stages=STAGES, **early(D.device))
+    return launch(product_kernel, programs, arguments, num_warps=4, num_stages=STAGES)
 
 
 def oracle(A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, gamma: float) -> Tensor:
