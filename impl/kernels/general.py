@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impl.kernels.launch import describe, launch, processors, tiles
-
-ROWS, COLUMNS, DEPTH = 128, 256, 64
+from impl.kernels.launch import describe, launch, processors, tiles, tiles_for
 
 
 @triton.jit(do_not_specialize=["batch", "m", "n", "back"])
@@ -52,18 +50,20 @@ def general(
     """A launch of D = alpha A X.
 
     Args:
-        A: (B, m, m) float16, m a multiple of ROWS.
+        A: (B, m, m) float16, m a multiple of UNIT.
         X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole.
         alphas: (B,) float32, what each product is multiplied with.
         back: from the last matrix to the first.
         largest: (B,) int32, raised to the bits of D's largest magnitude in float32; not finite if an entry is not.
     """
     batch, m, n = X.shape
+    tile = tiles_for(X.device).general
     transposed = (batch, n, m) == D.shape != X.shape
+    shape = (tile.rows, tile.columns // 2)
     arguments = dict(
-        a=describe(A, ROWS, DEPTH),
-        x=describe(X, DEPTH, COLUMNS),
-        d=describe(D, *((COLUMNS // 2, ROWS) if transposed else (ROWS, COLUMNS // 2))),
+        a=describe(A, tile.rows, tile.depth),
+        x=describe(X, tile.depth, tile.columns),
+        d=describe(D, *(shape[::-1] if transposed else shape)),
         alphas=alphas,
         largest=alphas if largest is None else largest,
         batch=batch,
@@ -72,12 +72,12 @@ def general(
         back=int(back),
         LARGEST=largest is not None,
         TRANSPOSED=transposed,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        DEPTH=DEPTH,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
     )
-    programs = min(batch * (m // ROWS) * tiles(n, COLUMNS), processors(X.device))
-    return launch(general_kernel, programs, arguments, num_warps=8, num_stages=3)
+    programs = min(batch * (m // tile.rows) * tiles(n, tile.columns), processors(X.device))
+    return launch(general_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def oracle(A: Tensor, X: Tensor, alpha: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from impl.kernels import scales as scale
-from impl.kernels.general import COLUMNS, general
-from impl.kernels.launch import tiles
-from impl.kernels.symmetric import TILE, product, square
+from impl.kernels.general import general
+from impl.kernels.launch import UNIT, tiles, tiles_for
+from impl.kernels.symmetric import product, square
 from impl.schedules import Quintic, Schedule
 
 Launches = list[Callable[[], None]]
@@ -25,7 +25,7 @@ SCRATCH = 2**30  # bytes
 
 def padded(m: int) -> int:
     """The rows that a matrix of m rows takes in a batch; those beyond m are zero throughout."""
-    return tiles(m, TILE) * TILE
+    return tiles(m, UNIT) * UNIT
 
 
 def stride(m: int, n: int) -> int:
@@ -46,7 +46,7 @@ def batch(memory: Tensor, B: int, m: int, n: int) -> Tensor:
 def direct(out: Tensor) -> bool:
     """Whether the last product can write to whole, contiguous matrices (B, rows, columns)."""
     _, rows, columns = out.shape
-    fits = rows % COLUMNS == columns % TILE == 0 if rows > columns else rows % TILE == 0
+    fits = rows % (2 * UNIT) == columns % UNIT == 0 if rows > columns else rows % UNIT == 0
     return fits and columns * out.element_size() % 16 == 0
 
 
@@ -72,7 +72,7 @@ def chunk(B: int, m: int, n: int) -> int:
 
 def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the norms of B Gram matrices, by tile, and for what comes of them: `shares` and `scales`."""
-    strips = padded(m) // TILE
+    strips = padded(m) // tiles_for(device).product.rows
     shares = torch.empty(B, strips * (strips + 1) // 2, device=device)
     return shares, torch.ones(scale.ROWS, B, device=device)
 

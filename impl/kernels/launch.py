@@ -2,7 +2,7 @@
 """Launching one kernel with the same arguments many times, and describing matrices to the tensor memory accelerator."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,40 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], **options: Any
             again = compiled[grid]
 
     return run
+
+
+class Tile(NamedTuple):
+    """How a product is divided: `rows` x `columns` of the result for a program, `depth` of the sum at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+UNIT = 128  # every tile's rows divide it
+
+
+class Tiles(NamedTuple):
+    """The tiles for one generation of GPUs. The quadratic holds a second tile, which takes registers."""
+
+    product: Tile
+    quadratic: Tile
+    general: Tile
+
+
+# By major compute capability. Measured on an H200 (9); the others are compiled, and fit, but have not been run.
+TILES = {
+    8: Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 128, 32, 4, 3)),
+    9: Tiles(Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3)),
+    10: Tiles(Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 2)),
+}
+
+
+def tiles_for(device: torch.device) -> Tiles:
+    """The tiles for a device; what is not in the table gets the smallest, and so does Triton's interpreter on a CPU."""
+    return TILES.get(torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0, TILES[8])
 
 
 def processors(device: torch.device) -> int:

@@ -111,7 +111,7 @@ def largest_kernel(
     G = array(address, GRADIENT, ALIGNED)
     M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
     at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
-    inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+    inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
     _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
     tl.atomic_max(largest + matrix, tl.max(tl.max(U.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0))
 
@@ -130,7 +130,7 @@ def prepare_kernel(
     G = array(address, GRADIENT, ALIGNED)
     M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
     at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
-    inside = within(r, c, rows, columns, ALIGNED) & (address != 0)
+    inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
     _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
     U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
     stride = tl.multiple_of(stride, 8)

@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from impl.kernels.launch import describe, launch, processors
-
-TILE, DEPTH, STAGES = 128, 64, 4
+from impl.kernels.launch import describe, launch, processors, tiles_for
 
 
 @triton.jit
@@ -114,21 +112,22 @@ def square(
     """A launch of D = alpha A A^T, plus beta A + gamma I with `quadratic`, for symmetric A.
 
     Args:
-        A: (B, m, k) float16, m a multiple of TILE; rows 16 bytes apart or a multiple of that.
+        A: (B, m, k) float16, m a multiple of UNIT; rows 16 bytes apart or a multiple of that.
         D: (B, m, m) float16, in other memory than A; every entry is written.
         alphas: (B,) float32, multiplies `alpha`.
         quadratic: (betas, beta, gamma), betas (B,) float32, multiplies `beta`.
-        squares, trace: (B, m / TILE * (m / TILE + 1) / 2) float32, where to put each computed tile's share of D's sum of
-            squares, or of D's trace.
+        squares, trace: (B, t) float32, where to put each computed tile's share of D's sum of squares, or of its trace;
+            t = s (s + 1) / 2 for s tiles below each other.
         back: from the last matrix to the first.
     """
     betas, beta, gamma = quadratic or (alphas, 0.0, 0.0)
     shares = squares if trace is None else trace
-    strips = D.shape[1] // TILE
+    tile = tiles_for(D.device).quadratic if quadratic else tiles_for(D.device).product
+    strips = D.shape[1] // tile.rows
     arguments = dict(
-        a=describe(A, TILE, DEPTH),
-        c=describe(A, TILE, TILE) if quadratic else None,
-        d=describe(D, TILE, TILE),
+        a=describe(A, tile.rows, tile.depth),
+        c=describe(A, tile.rows, tile.rows) if quadratic else None,
+        d=describe(D, tile.rows, tile.rows),
         alphas=alphas,
         betas=betas,
         shares=alphas if shares is None else shares,
@@ -142,30 +141,30 @@ def square(
         QUADRATIC=quadratic is not None,
         SQUARES=squares is not None,
         TRACE=trace is not None,
-        TILE=TILE,
-        DEPTH=DEPTH,
+        TILE=tile.rows,
+        DEPTH=tile.depth,
     )
     programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
-    # The quadratic holds two tiles at a time, which takes the registers of twice as many threads.
-    return launch(square_kernel, programs, arguments, num_warps=8 if quadratic else 4, num_stages=STAGES)
+    return launch(square_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False) -> Callable[[], None]:
     """A launch of D = alpha A B for symmetric A and B that commute; shapes and arguments as in `square`."""
-    strips = D.shape[1] // TILE
+    tile = tiles_for(D.device).product
+    strips = D.shape[1] // tile.rows
     arguments = dict(
-        a=describe(A, TILE, DEPTH),
-        b=describe(B, TILE, DEPTH),
-        d=describe(D, TILE, TILE),
+        a=describe(A, tile.rows, tile.depth),
+        b=describe(B, tile.rows, tile.depth),
+        d=describe(D, tile.rows, tile.rows),
         alphas=alphas,
         batch=len(D),
         m=D.shape[1],
         back=int(back),
-        TILE=TILE,
-        DEPTH=DEPTH,
+        TILE=tile.rows,
+        DEPTH=tile.depth,
     )
     programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
-    return launch(product_kernel, programs, arguments, num_warps=4, num_stages=STAGES)
+    return launch(product_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def oracle(A: Tensor, B: Tensor, alpha: Tensor, beta: Tensor, gamma: float) -> Tensor:

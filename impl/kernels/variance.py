@@ -38,13 +38,13 @@ def variance_kernel(
         matrix = tl.program_id(0)
         index = tl.load(places + matrix.to(tl.int64) * 5)
         V = tl.load(pointers + 3 * parameters + index).to(tl.pointer_type(tl.float32))
-        present = tl.load(pointers + 2 * parameters + index) != 0
+        present = tl.where(tl.load(pointers + 2 * parameters + index) != 0, rows, 0)
         first = matrix.to(tl.int64) * rows
         before = tl.zeros((BLOCK,), tl.float32)
         after = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, rows, BLOCK):
             r = start + tl.arange(0, BLOCK)
-            inside = (r < rows) & present
+            inside = r < present
             at = rows_of(places, matrix, r, False)
             square = tl.load(squares + first + r, mask=inside, other=0.0)
             v = tl.load(V + at, mask=inside, other=0.0) * beta + square / columns * rest
@@ -58,7 +58,7 @@ def variance_kernel(
         tl.debug_barrier()
         for start in range(0, rows, BLOCK):
             r = start + tl.arange(0, BLOCK)
-            inside = (r < rows) & present
+            inside = r < present
             tl.store(row_scale + first + r, tl.load(row_scale + first + r, mask=inside, other=0.0) * kept, mask=inside)
 
 
