@@ -59,13 +59,25 @@ def close(*, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def spectral(*, actual: Tensor, X: Tensor, schedule: reference.Schedule, precision: torch.dtype, eps: float = 0.0) -> None:
-    """The spectral map of X, up to rounding in `precision`, amplified as the map amplifies perturbations of X."""
+    """The spectral map of X, or of X stored in `precision`, up to rounding, amplified as the map amplifies perturbations.
+
+    The second is for narrow formats: next to zero a map may be so steep that storing X moves the result by more than COARSE.
+    """
     __tracebackhide__ = True
-    expected = reference.orthogonalize(X, schedule, eps)
-    error = distance(actual, expected)
+    error = min(distance(actual, reference.orthogonalize(T, schedule, eps)) for T in (X, stored(X, precision)))
     # The result may be stored in a narrower dtype than it was computed in.
     bound = min(ROUNDINGS * condition(X, schedule) * unit(precision), COARSE) + unit(actual.dtype)
     assert error <= bound, f"relative distance {error:.2e}, accepted {bound:.2e}"
+
+
+def stored(X: Tensor, precision: torch.dtype) -> Tensor:
+    """X rounded to `precision`, as if by an exact power of two its largest entry came near the end of the range."""
+    X = X.detach().cpu().double()
+    if not X.any():
+        return X
+    shift = int(torch.frexp(torch.tensor(torch.finfo(precision).max, dtype=torch.float64)).exponent) - 2
+    exponent = torch.frexp(X.abs().max()).exponent - shift
+    return torch.ldexp(torch.ldexp(X, -exponent).to(precision).double(), exponent)
 
 
 def condition(X: Tensor, schedule: reference.Schedule) -> float:
@@ -120,14 +132,14 @@ def step(*, before: Tensor, actual: Tensor, expected: Tensor, precision: torch.d
     assert error <= bound, f"off by {error:.2e} after moving {way:.2e}, accepted {bound:.2e}"
 
 
-def rounded(*, before: Tensor, actual: Tensor, expected: Tensor) -> None:
-    """Every entry of a 16-bit weight within half a unit in its last place, plus what float32 leaves open on the way."""
+def rounded(*, before: Tensor, actual: Tensor, expected: Tensor, precision: torch.dtype = torch.float32) -> None:
+    """Every entry of a 16-bit weight within half a unit in its last place, plus what `precision` leaves open on the way."""
     __tracebackhide__ = True
     before, after, expected = (T.detach().cpu().double() for T in (before, actual, expected))
     ulp = unit(actual.dtype) * 2.0 ** (torch.frexp(expected).exponent - 1).clamp(
         min=-14 if actual.dtype == torch.float16 else -126
     )
-    open_ = 8 * SLOPE * unit(torch.float32) * (expected - before).abs().max()
+    open_ = min(8 * SLOPE * unit(precision), ROUNDINGS * unit(torch.float16)) * (expected - before).abs().max()
     worst = ((after - expected).abs() - open_).div(ulp).max().item()
     assert worst <= 0.5, f"an entry is {worst:.2f} units in the last place from its value, accepted 0.5"
 

@@ -204,4 +204,5 @@ def test_half_precision_is_rounded_once(target: Target, device, algorithm, dtype
     hyper = replace(HYPER, algorithm=algorithm, lr=0.01, weight_decay=1.0)
     W, gradients = tensor(shape, seed, dtype), [[tensor(shape, seed + 1, dtype)]]
     (p,), _ = run(target, [W], gradients, hyper, device)
-    accept.rounded(before=W, actual=p, expected=expected([W], gradients, hyper)[0])
+    precision = target.precision(torch.float32, device)
+    accept.rounded(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=precision)

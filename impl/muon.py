@@ -13,12 +13,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from impl.layout import Layout
 from impl.options import algorithms, check_options, check_parameters, names
-from impl.plan import Plan, planned, plans
+from impl.plan import Plan, plans
 from impl.report import report
 from impl.schedules import Coefficients
 from impl.skip import REASONS, Guard, nonfinite
 from impl.stages import Prepared, apply, gradient, prepare
-from impl.state import check_step, form, new_state, plain, whole
+from impl.state import check_step, new_state, plain, restore, whole
 
 # A parameter with a gradient, its group, and a function that makes the gradient to descend.
 Ready = tuple[dict[str, Any], Tensor, Callable[[], Tensor]]
@@ -155,9 +155,11 @@ class Muon(Optimizer):
         ready = self._ready()
         if ready:
             self._init_state()
-        mine = self._plan(ready)
+        scale = getattr(self, "grad_scale", None)
+        self.plans = plans(self.plans, self.param_groups if ready else [], self.state, scale is not None)
         for plan in self.plans.values():
-            plan.prepare(self.state, getattr(self, "grad_scale", None))
+            plan.prepare(self.state, scale)
+        mine = {p for plan in self.plans.values() for _, p in plan.entries}
         rest = [(group, p, G) for group, p, G in ready if p not in mine or "step" in self.state[p]]
         check = self.guard.skip_nonfinite
         prepared = [prepare(group, p, self.state[p], G(), check, planned=p in mine) for group, p, G in rest]
@@ -172,21 +174,11 @@ class Muon(Optimizer):
 
     def _ready(self) -> list[Ready]:
         """The parameters that have a gradient; refuses before anything has changed.   [SPEC: ERR-3]"""
-        every = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for group in self.param_groups:
             check_options(group, wait=False)  # a scheduler may have written to it
             check_step(group, self.state)
+        every = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         return [(group, p, partial(gradient, group, p, getattr(self, "grad_scale", None))) for group, p in every]
-
-    def _plan(self, ready: list[Ready]) -> set[Tensor]:
-        """Plan what the kernels do in this step; return the parameters whose matrices they step.
-
-        Those without a gradient are among them, unless nothing has one: gradients come and go.
-        """
-        groups = self.param_groups if ready else []
-        entries = [(group, p) for group in groups for p in planned(group) if self.state.get(p)]
-        self.plans = plans(self.plans, entries, self.state, getattr(self, "grad_scale", None) is not None)
-        return {p for _, p in entries}
 
     def _init_state(self) -> None:
         """Give every trainable parameter its whole state, so that a checkpoint is complete.   [SPEC: STATE-1]"""
@@ -197,23 +189,19 @@ class Muon(Optimizer):
 
     def _decide(self, prepared: list[Prepared]) -> Tensor | None:
         """The one decision of the step, over all groups and algorithms.   [SPEC: SKIP]"""
-        states, updates = ([T for each in prepared for T in getattr(each, kind)] for kind in ("states", "updates"))
-        for plan in self.plans.values():
-            before, after = plan.magnitudes()
-            states.append(before)
-            updates.append(after)
+        found = [(each.states, each.updates) for each in prepared] + [plan.magnitudes() for plan in self.plans.values()]
+        states, updates = ([T for pair in found for T in pair[i]] for i in range(2))
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return self.guard.decide(states, updates, getattr(self, "found_inf", None), device)
 
     def _culprits(self, rest: list[Ready], prepared: list[Prepared]) -> dict[str, dict[str, Tensor]]:
         """Gradient and state before the step, by name, of every parameter that kept it from being taken."""
-        groups = list(enumerate(self.param_groups))
-        label = {p: name for i, group in groups for name, p in zip(names(group, i), group["params"], strict=True)}
-        home = {p: group for group in self.param_groups for p in group["params"]}
+        groups = enumerate(self.param_groups)
+        home = {p: (name, g) for i, g in groups for name, p in zip(names(g, i), g["params"], strict=True)}
         bad = [p for (_, p, _), each in zip(rest, prepared, strict=True) if nonfinite([*each.states, *each.updates], p.device)]
         bad += [p for plan in self.plans.values() for p in plan.culprits()]
         scale = getattr(self, "grad_scale", None)
-        return {label[p]: {"gradient": gradient(home[p], p, scale), **self.state[p]} for p in bad}
+        return {home[p][0]: {"gradient": gradient(home[p][1], p, scale), **self.state[p]} for p in bad}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, complete for every trainable parameter once there is any state, with options as plain data.
@@ -243,20 +231,12 @@ class Muon(Optimizer):
 
         # Between the hooks of others: after those that may rewrite what is loaded, before those that may look at it.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(checked), prepend=True)
+        after = self.register_load_state_dict_post_hook(lambda _: restore(self, checked), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        """Put back the dtypes that torch's loading has cast away."""
-        ids = (i for group in saved["param_groups"] for i in group["params"])
-        for i, (group, p) in zip(ids, ((g, p) for g in self.param_groups for p in g["params"]), strict=True):
-            for key, value in saved["state"].get(i, {}).items():
-                _, dtype, device = form(group, key, p)
-                self.state[p][key] = torch.as_tensor(value).detach().to(device, dtype, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "guard": self.guard}  # torch's keeps defaults, state and groups only

@@ -7,7 +7,7 @@ X is m x n with m <= n (a tall matrix is transposed first); A = X X^T is its Gra
 import torch
 from torch import Tensor
 
-from impl.plan import DTYPES, usable
+from impl.batches import DTYPES, usable
 from impl.schedules import Coefficients, Quintic, Schedule, schedule
 
 

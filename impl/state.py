@@ -95,6 +95,15 @@ def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
         raise ValueError(f"the state dict is not that of an optimizer, with 'state' and 'param_groups': {error!r}") from error
 
 
+def restore(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back the dtypes that torch's loading has cast away."""
+    ids = (i for group in saved["param_groups"] for i in group["params"])
+    for i, (group, p) in zip(ids, ((g, p) for g in optimizer.param_groups for p in g["params"]), strict=True):
+        for key, value in saved["state"].get(i, {}).items():
+            _, dtype, device = form(group, key, p)
+            optimizer.state[p][key] = torch.as_tensor(value).detach().to(device, dtype, copy=True).contiguous()
+
+
 def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     known: set[Any] = set()
     for index, (group, our) in enumerate(zip(saved["param_groups"], optimizer.param_groups, strict=True)):

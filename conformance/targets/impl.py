@@ -15,7 +15,7 @@ import impl
 import impl.plan
 import impl.stages
 from conformance.target import Hyper, Named, Norms, watching
-from impl.plan import usable
+from impl.batches import usable
 
 
 class Target:

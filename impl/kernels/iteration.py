@@ -111,37 +111,54 @@ def iteration(
     X, other = (spare, O) if len(runs) % 2 else (O, spare)
     begin = X
     Q, P, R = (*squares, None, None)[:3]
-    one, norm = scales[scale.ONE], "squares" if schedule.norm == "schatten4" else "trace"
+    norm = {"squares" if schedule.norm == "schatten4" else "trace": shares}
     gram = 2.0 ** -(13 + math.ceil(math.log2(n)))  # so that no entry of the Gram matrix exceeds 2^15
     launches: Launches = []
-
-    def turn() -> bool:
-        """Every other launch goes backwards, and meets first what the one before it has left in the cache."""
-        return len(launches) % 2 == 1
-
     for r, run in enumerate(runs):
         first, last = r == 0, r == len(runs) - 1
-        # Until this run ends, the other batch's memory is free for a square matrix: A here, or else the factors Z.
+        # Until this run ends, the other batch's memory is free for a square matrix: A here, or else factors.
         free = other.as_strided((B, M, M), (M * M, M, 1))
         A = free if R is None else R
         if first:
-            launches.append(square(X, A, one, gram, back=turn(), **{norm: shares}))
-            launches.append(scale.scales(shares, largest, scales, gram, schedule.margin, eps, norm == "squares"))
+            launches.append(square(X, A, scales[scale.ONE], gram, **norm))
+            launches.append(scale.scales(shares, largest, scales, gram, schedule.margin, eps, "squares" in norm))
         else:
-            launches.append(square(X, A, one, back=turn()))
-        for i, (a, b, c) in enumerate(run):
-            raw = first and i == 0  # A is not normalised yet
-            alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
-            Z = free if i else Q
-            launches.append(square(A, Z, scales[alphas], c, quadratic=(scales[betas], b, a), back=turn()))
-            if i:
-                launches.append(product(Q, Z, P, one, turn()))
-                Q, P = P, Q
-            if i < len(run) - 1:
-                launches.append(product(A, Z, P, scales[scale.GRAM if raw else scale.ONE], turn()))
-                launches.append(product(P, Z, A, one, turn()))
+            launches.append(square(X, A, scales[scale.ONE], back=_turn(launches)))
+        Q, P = _factor(launches, run, A, Q, P, free, scales, first)
         k = {(True, True): scale.UNIT_T, (True, False): scale.UNIT, (False, True): scale.T}.get((first, last), scale.ONE)
         target = out if last and out is not None else other
-        launches.append(general(Q, X, target, scales[k], largest=finite if last else None, back=turn()))
+        launches.append(general(Q, X, target, scales[k], finite if last else None, _turn(launches)))
         X, other = other, X
     return begin, launches, Q
+
+
+def _factor(
+    launches: Launches,
+    run: tuple[Quintic, ...],
+    A: Tensor,
+    Q: Tensor,
+    P: Tensor | None,
+    free: Tensor,
+    scales: Tensor,
+    first: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Append what makes in Q the product of a run's factors, and of A the Gram matrix before the last; Q and P change places."""
+    for i, (a, b, c) in enumerate(run):
+        raw = first and i == 0  # A is not normalised yet
+        alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
+        Z = free if i else Q
+        launches.append(square(A, Z, scales[alphas], c, quadratic=(scales[betas], b, a), back=_turn(launches)))
+        if P is None:
+            continue
+        if i:
+            launches.append(product(Q, Z, P, scales[scale.ONE], _turn(launches)))
+            Q, P = P, Q
+        if i < len(run) - 1:
+            launches.append(product(A, Z, P, scales[scale.GRAM if raw else scale.ONE], _turn(launches)))
+            launches.append(product(P, Z, A, scales[scale.ONE], _turn(launches)))
+    return Q, P
+
+
+def _turn(launches: Launches) -> bool:
+    """Every other launch goes backwards, and so meets first what the one before it has left in the cache."""
+    return len(launches) % 2 == 1

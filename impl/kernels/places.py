@@ -43,8 +43,8 @@ def places(index: int, section: Section, view: Tensor, device: torch.device) -> 
     return torch.stack([fields[0], offsets, *fields[1:]], dim=1)
 
 
-def aligned(section: Section, view: Tensor) -> bool:
-    """Whether every row of the section's matrices begins, and ends, at a multiple of 8 entries."""
+def aligned(view: Tensor) -> bool:
+    """Whether every row of a section's matrices begins, and ends, at a multiple of 8 entries."""
     return all(number % 8 == 0 for number in (view.storage_offset(), view.shape[-1], *view.stride()[:-1]))
 
 

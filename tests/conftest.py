@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of kernels run with --gpu on a GPU, and without it in Triton's interpreter, in a process of their own.
+
+Triton looks at TRITON_INTERPRET when it is imported, so a process interprets all kernels or none.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py"}
+
+
+class Interpreted(pytest.Item):
+    """A whole file of tests, in a process that interprets kernels."""
+
+    def runtest(self) -> None:
+        pytest.importorskip("triton", reason="kernels need Triton")
+        # NumPy, which does the interpreter's arithmetic, warns of what floating point numbers are meant to do.
+        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
+        command = [sys.executable, "-m", "pytest", *options, str(self.path)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        process = subprocess.run(command, cwd=self.config.rootpath, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            pytest.fail(f"{' '.join(command)}\n{process.stdout[-20000:]}\n{process.stderr[-2000:]}", pytrace=False)
+
+
+class Rerun(pytest.File):
+    def collect(self) -> Iterator[pytest.Item]:
+        yield Interpreted.from_parent(self, name="in_the_interpreter")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if module_path.name in KERNELS and not INTERPRETED and not parent.config.getoption("--gpu"):
+        return Rerun.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers ask of CUDA, answered without it."""
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
