@@ -148,10 +148,8 @@ class Muon(Optimizer):
         Nothing is written before everything is computed and the decision to take the step has been made.
         """
         self.guard.look(wait=False)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         ready = self._ready()
         if ready:
             self._init_state()
@@ -161,8 +159,7 @@ class Muon(Optimizer):
             plan.prepare(self.state, scale)
         mine = {p for plan in self.plans.values() for _, p in plan.entries}
         rest = [(group, p, G) for group, p, G in ready if p not in mine or "step" in self.state[p]]
-        check = self.guard.skip_nonfinite
-        prepared = [prepare(group, p, self.state[p], G(), check, planned=p in mine) for group, p, G in rest]
+        prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, p in mine) for group, p, G in rest]
         code = self._decide(prepared)
         if self.guard.wants_dump(code):
             self.guard.write_dump(self._culprits(rest, prepared))

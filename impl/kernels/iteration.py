@@ -142,7 +142,7 @@ def _factor(
     scales: Tensor,
     first: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Append what makes in Q the product of a run's factors, and of A the Gram matrix before the last; Q and P change places."""
+    """Append what makes in Q the product of a run's factors, and in A the Gram matrix before the last one."""
     for i, (a, b, c) in enumerate(run):
         raw = first and i == 0  # A is not normalised yet
         alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
