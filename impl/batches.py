@@ -102,7 +102,7 @@ def batches(entries: Sequence[Entry], state: States, groups: Sequence[Any]) -> d
             rows, columns = matrices(section, view).shape[1:]
             plan = schedule(group["ns_coefficients"], group["ns_steps"])
             batch = Batch(min(rows, columns), max(rows, columns), plan, float(group["eps"]))
-            straight = aligned(p, state[p]) and rows_aligned(view)
+            straight = aligned(p, state[p]) and rows_aligned(view, rows)
             part = Part(number[id(group)], rows, columns, p.dtype, gradient_dtype(p), straight)
             normuon = None if group["normuon_beta2"] is None else places(index, section, V, p.device)
             found[batch][part].append(Tables(places(index, section, view, p.device), normuon))

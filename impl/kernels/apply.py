@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import array, programs, rows_of, tile, tile_of, within
+from impl.kernels.places import TILE, array, programs, rows_of, tile_of, within
 from impl.kernels.prepare import DTYPES, Source, direction
 
 
@@ -65,10 +65,9 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         row_scale: (B, rows) float32, what rows of O are multiplied with.
     """
     tall = source.rows > source.columns
-    shape = tile(transposed=tall)
     arguments = {
         **source.arguments(),
-        **shape,
+        **TILE,
         "O": O,
         "row_scale": O if row_scale is None else row_scale,
         "code": code,
@@ -79,9 +78,9 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         "TALL": tall,
         "ROWS": row_scale is not None,
     }
-    number = programs(len(source.places), source.rows, source.columns, **shape)
+    number = programs(len(source.places), source.rows, source.columns, **TILE)
     names = apply_kernel.arg_names
-    return launch(apply_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(apply_kernel, number, {n: arguments[n] for n in names}, num_warps=4, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "stride"])
@@ -104,7 +103,6 @@ def unpack_kernel(
 def unpack(O: Tensor, out: Tensor) -> Callable[[], None]:
     """A launch that copies the matrices of O, as in `apply`, to `out` (B, rows, columns), contiguous, of any dtype."""
     batch, rows, columns = out.shape
-    shape = tile(transposed=rows > columns)
     arguments = dict(
         O=O,
         out=out,
@@ -112,8 +110,8 @@ def unpack(O: Tensor, out: Tensor) -> Callable[[], None]:
         columns=columns,
         height=O.shape[1],
         stride=O.stride(1),
-        ALIGNED=columns % 8 == 0,
-        **shape,
+        ALIGNED=rows % 8 == columns % 8 == 0,
+        **TILE,
         TALL=rows > columns,
     )
-    return launch(unpack_kernel, programs(batch, rows, columns, **shape), arguments, num_warps=8)
+    return launch(unpack_kernel, programs(batch, rows, columns, **TILE), arguments, num_warps=4)

@@ -40,7 +40,7 @@ def batch(
     flags = torch.zeros(2, B, dtype=torch.int32, device=device)
     O = iteration.batch(memory, B, m, n)
     view = torch.empty(shape, device="meta").view(B, 1, 1, rows, columns)
-    aligned = aligned and places.aligned(view)
+    aligned = aligned and places.aligned(view, rows)
     table = places.places(0, Section(rows), view, device)
     hyper = torch.zeros(4, dtype=torch.float64, device=device)
     form = (rows, columns, dtype, dtype)

@@ -17,6 +17,7 @@ from impl.layout import Section
 
 FIELDS = 5  # in a row of `places`
 POINTERS = 8  # written by one launch
+TILE = dict(DOWN=32, ACROSS=64)  # of elementwise kernels, for 4 warps: small enough for much to be under way at once
 
 
 def places(index: int, section: Section, view: Tensor, device: torch.device) -> Tensor:
@@ -43,14 +44,9 @@ def places(index: int, section: Section, view: Tensor, device: torch.device) -> 
     return torch.stack([fields[0], offsets, *fields[1:]], dim=1)
 
 
-def aligned(view: Tensor) -> bool:
-    """Whether every row of a section's matrices begins, and ends, at a multiple of 8 entries."""
-    return all(number % 8 == 0 for number in (view.storage_offset(), view.shape[-1], *view.stride()[:-1]))
-
-
-def tile(transposed: bool) -> dict[str, int]:
-    """Rows and columns of an elementwise kernel's tile: long rows, but not if its columns are rows elsewhere."""
-    return dict(DOWN=32, ACROSS=128) if transposed else dict(DOWN=16, ACROSS=256)
+def aligned(view: Tensor, rows: int) -> bool:
+    """Whether a section's matrices have a multiple of 8 rows and columns, and every row begins at a multiple of 8 entries."""
+    return all(number % 8 == 0 for number in (rows, view.storage_offset(), view.shape[-1], *view.stride()[:-1]))
 
 
 def programs(batch: int, rows: int, columns: int, DOWN: int, ACROSS: int) -> int:
@@ -119,5 +115,6 @@ def tile_of(program, rows, columns, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 def within(r, c, rows, columns, ALIGNED: tl.constexpr):
     """Which entries of a tile exist."""
     if ALIGNED:
+        rows = tl.multiple_of(rows, 8)
         columns = tl.multiple_of(columns, 8)
     return (r < rows)[:, None] & (c < columns)[None, :]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import array, programs, rows_of, tile, tile_of, within
+from impl.kernels.places import TILE, array, programs, rows_of, tile_of, within
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -36,7 +36,7 @@ class Source(NamedTuple):
     gradient: torch.dtype
     momentum: bool  # False: the gradient is what is to be orthogonalized
     nesterov: bool
-    aligned: bool  # every row begins at a multiple of 16 bytes and of 8 entries, and so does what follows it
+    aligned: bool  # rows and columns are multiples of 8, and every row begins at a multiple of 16 bytes and of 8 entries
     hyper: Tensor
     grad_scale: Tensor | None
 
@@ -144,7 +144,7 @@ def prepare_kernel(
 
 def largest(source: Source, out: Tensor) -> Callable[[], None]:
     """A launch that raises `out` (B,) int32, zeros at first, to the bits of each matrix's largest magnitude."""
-    shape = tile(transposed=False)
+    shape = dict(DOWN=64, ACROSS=128)
     number = programs(len(source.places), source.rows, source.columns, **shape)
     arguments = {**source.arguments(), **shape, "largest": out}
     names = largest_kernel.arg_names
@@ -161,9 +161,8 @@ def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
     tall = source.rows > source.columns
     height = X.shape[1]
     sides = (source.rows, height) if tall else (height, source.columns)
-    shape = tile(transposed=tall)
-    number = programs(len(source.places), *sides, **shape)
+    number = programs(len(source.places), *sides, **TILE)
     mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
-    arguments = {**source.arguments(), **shape, **mine}
+    arguments = {**source.arguments(), **TILE, **mine}
     names = prepare_kernel.arg_names
-    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=4, enable_fp_fusion=False)
