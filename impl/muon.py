@@ -45,20 +45,21 @@ class Muon(Optimizer):
             which lets Muon share AdamW's learning rate and decay.
         algorithm: "muon" or "adamw".
         layout: the matrices inside each parameter of the group, a `Layout`; None for the parameter as one matrix.
-        normuon_beta2: decay rate of the row-wise mean squares by which NorMuon evens out the rows of an update, 0.95 in its
-            paper; None for Muon.
+        normuon_beta2: decay rate of the mean squares by which NorMuon evens out rows, 0.95 in its paper; None for Muon.
         adamw_lr_ratio: AdamW steps with lr * adamw_lr_ratio, so that one scheduler moves both.
         adamw_betas, adamw_eps: AdamW's.
         maximize: ascend instead of descend.
         skip_nonfinite: take no step in which anything is not finite; `skipped` counts them.   [SPEC: SKIP]
         process_group: the ranks that take or skip a step together; None for this process alone.
         dump_nonfinite: path of a file for what the first such step was made of (torch.save; with a process group, one for
-            each rank that had a part in it); costs a host synchronization in every step.
+            each rank that had a part in it); every step then waits for the device.
 
     State: `momentum_buffer` for Muon, and `variance_buffer` for NorMuon, one number for a matrix's row; `exp_avg`,
     `exp_avg_sq`, `step` for AdamW; else shaped like the parameter, float32 unless the parameter is float64.
 
-    `torch.amp.GradScaler` may hand its scale and its finding to `step`, which then needs no host synchronization.
+    On a GPU, kernels step matrices that are not float64, those of all groups together (plan.py). A step can be captured in a
+    CUDA graph, in which lr, weight_decay and momentum can change if they are tensors there. `torch.amp.GradScaler` may hand
+    its scale and its finding to `step`, which then needs no host synchronization.
 
     Raises:
         ValueError: an option or a parameter that cannot be used, here and in `add_param_group`, with its name.
@@ -198,13 +199,10 @@ class Muon(Optimizer):
         bad = [p for (_, p, _), each in zip(rest, prepared, strict=True) if nonfinite([*each.states, *each.updates], p.device)]
         bad += [p for plan in self.plans.values() for p in plan.culprits()]
         scale = getattr(self, "grad_scale", None)
-        return {home[p][0]: {"gradient": gradient(home[p][1], p, scale), **self.state[p]} for p in bad}
+        return {name: {"gradient": gradient(g, p, scale), **self.state[p]} for p in bad for name, g in [home[p]]}
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, complete for every trainable parameter once there is any state, with options as plain data.
-
-        [SPEC: STATE-1, STATE-3]
-        """
+        """As torch's, complete for every trainable parameter once there is state, options as plain data.   [SPEC: STATE-1]"""
         self.guard.look(wait=True)
         if any(self.state.values()):
             self._init_state()
@@ -226,7 +224,7 @@ class Muon(Optimizer):
             checked.update(whole(self, saved))
             return checked
 
-        # Between the hooks of others: after those that may rewrite what is loaded, before those that may look at it.
+        # After the hooks of others that may rewrite what is loaded, before those that may look at it.
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(lambda _: restore(self, checked), prepend=True)
         try:

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.poison import INTERPRETED
+
 KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py"}
 
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products and whole orthogonalizations against the same in torch; see conftest.py for where this runs."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-import impl.orthogonalize
+import impl
 from conformance import accept
 from conformance.strategies import matrix
 from impl.kernels import general as general_module
@@ -17,8 +15,7 @@ from impl.kernels.general import oracle as general_oracle
 from impl.kernels.launch import UNIT, tiles_for
 from impl.kernels.symmetric import oracle, product, square
 from impl.schedules import schedule
-from tests.conftest import INTERPRETED
-from tests.poison import accept_outside, padded, poisoned
+from tests.poison import INTERPRETED, accept_cast, accept_outside, padded, poisoned
 
 EDGES = (1, 63, 64, 65, 127, 128, 129) if INTERPRETED else (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
 HEIGHTS = (UNIT, 2 * UNIT) if INTERPRETED else (UNIT, 2 * UNIT, 3 * UNIT, 8 * UNIT)
@@ -139,11 +136,11 @@ def test_products_that_end_in_another_dtype_and_orientation(device, dtype, m, n,
     plain = torch.empty(2, m, n, dtype=torch.float32, device=device)
     general(A, X, plain, alphas)()
     accept_rounding(plain.clone(), A.double() @ X.double() * alphas.double()[:, None, None], general_oracle(A, X, alphas))
-    accept.same_bits(actual=D.mT if transposed else D, expected=plain.to(dtype))
+    accept_cast(D.mT if transposed else D, plain.to(dtype))
     accept.same_bits(actual=bits(found), expected=plain.abs().amax((1, 2)))
 
 
-@pytest.mark.parametrize("programs", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("programs", [7] if INTERPRETED else [1, 2, 3, 7, 1000])
 def test_any_number_of_programs_does_the_same(device, programs, monkeypatch):
     results = []
     for number in (4, programs):
@@ -182,7 +179,11 @@ def test_what_is_not_finite_stays_with_its_matrix_and_shows(device, bad):
 
 
 def test_zeros_give_zeros(device):
-    Z, one, found = torch.zeros(2, UNIT, UNIT).half().to(device), torch.ones(2, device=device), torch.zeros(2, dtype=torch.int32)
+    Z, one, found = (
+        torch.zeros(2, UNIT, UNIT).half().to(device),
+        torch.ones(2, device=device),
+        torch.zeros(2, dtype=torch.int32),
+    )
     found = found.to(device)
     D, sums = poisoned((2, UNIT, UNIT), device), shares(2, UNIT, device)
     for run in (square(Z, D, one, squares=sums), product(Z, Z, D, one), general(Z, Z, D, one, found)):
@@ -193,8 +194,7 @@ def test_zeros_give_zeros(device):
     accept.same_bits(actual=D, expected=0.75 * torch.eye(UNIT).half().to(device).expand(2, -1, -1))
 
 
-SHAPES = [(1, 1), (1, 7), (5, 5), (63, 65), (129, 64), (128, 129), (64, 127)]
-SHAPES += [] if INTERPRETED else [(m, n) for m in EDGES for n in EDGES]
+SHAPES = [(1, 1), (63, 65), (129, 64)] if INTERPRETED else [(m, n) for m in EDGES for n in EDGES]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
@@ -204,7 +204,7 @@ def test_orthogonalizations_at_tile_edges(device, m, n, dtype):
     before = X.clone()
     plan = schedule("jordan", 5)
     O = orthogonalize.orthogonalize(X, plan, 0.0)
-    expected = impl.orthogonalize._orthogonalize(X.cpu().double(), plan, 0.0)
+    expected = impl.orthogonalize(X.cpu().double(), "jordan", 5)
     assert accept.distance(O, expected) < (8e-3 if dtype != torch.bfloat16 else 1.2e-2)
     accept.same_bits(actual=orthogonalize.orthogonalize(X, plan, 0.0), expected=O)
     accept.same_bits(actual=X, expected=before)
@@ -216,13 +216,12 @@ def caller(device: torch.device) -> tuple[int, int]:
     return orthogonalize.threading.get_ident(), torch.cuda.current_stream().cuda_stream
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("m, n", [(40, 70), (48, 48), (130, 20)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6] if INTERPRETED else [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("m, n", [(40, 70), (48, 48)] if INTERPRETED else [(40, 70), (48, 48), (300, 130)])
 def test_every_number_of_steps(device, m, n, steps):
     X = torch.stack([matrix((m, n), "flat", seed) for seed in range(2)]).to(device)
-    for plan in (schedule((2.0, -1.5, 0.5), steps), schedule("jordan", steps)):
-        expected = impl.orthogonalize._orthogonalize(X.cpu().double(), plan, 1e-7)
-        assert accept.distance(orthogonalize.orthogonalize(X, plan, 1e-7), expected) < 1e-2
+    expected = impl.orthogonalize(X.cpu().double(), "jordan", steps, 1e-7)
+    assert accept.distance(orthogonalize.orthogonalize(X, schedule("jordan", steps), 1e-7), expected) < 1e-2
 
 
 def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):
@@ -238,14 +237,14 @@ def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):
     orthogonalize.batch.cache_clear()
 
 
-@pytest.mark.parametrize("scale", [1e-45, 2.0**-140, 1e-30, 1.0, 2.0**100, 3e38])
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-126, 2.0**-100, 2.0**100, 2.0**127])
 @pytest.mark.parametrize("shape", [(9, 13), (8, 8)])
 def test_the_whole_range_of_float32(device, scale, shape):
     X = torch.ones(1, *shape, device=device)
     X[0, 0, 0] = -1
     plan = schedule("polar_express_s4", 5)
     expected = orthogonalize.orthogonalize(X, plan, 0.0)
-    accept.same_bits(actual=orthogonalize.orthogonalize(X * math.copysign(scale, 1), plan, 0.0), expected=expected)
+    accept.same_bits(actual=orthogonalize.orthogonalize(X * scale, plan, 0.0), expected=expected)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -261,7 +260,7 @@ def test_orthogonalizing_zero_and_what_is_not_finite(device, bad):
 def test_tensors_that_are_not_contiguous(device):
     X = torch.randn(4, 96, 130, device=device)
     for view in (X.mT, X[:, ::2], X[:, :, 1:], X[:, :, ::2], X[1:3], X.transpose(0, 1), X.permute(2, 0, 1)):
-        accept.same_bits(actual=impl.orthogonalize.orthogonalize(view), expected=impl.orthogonalize.orthogonalize(view.clone()))
+        accept.same_bits(actual=impl.orthogonalize(view), expected=impl.orthogonalize(view.clone()))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="10 GB")
