@@ -27,12 +27,13 @@ def padded(X: Tensor, multiple: int = 8) -> Tensor:
     return copy.copy_(X)
 
 
-def accept_outside(X: Tensor) -> None:
-    """Nothing was written around a tensor from `poisoned`."""
+def accept_outside(X: Tensor, granule: int = 1) -> None:
+    """Nothing was written around a tensor from `poisoned`, but rows up to a multiple of `granule` entries."""
     __tracebackhide__ = True
     memory = torch.empty(0, dtype=X.dtype, device=X.device).set_(X.untyped_storage())
     outside = torch.ones_like(memory, dtype=torch.bool)
-    outside.as_strided(X.shape, X.stride(), X.storage_offset()).fill_(False)
+    shape = (*X.shape[:-1], -(-X.shape[-1] // granule) * granule)
+    outside.as_strided(shape, X.stride(), X.storage_offset()).fill_(False)
     written = outside & ~memory.isnan()
     assert not written.any(), f"{int(written.sum())} entries written outside, the first at {int(written.nonzero()[0])}"
 

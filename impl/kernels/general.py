@@ -33,7 +33,7 @@ def general_kernel(
         if LARGEST:
             # The magnitude's bits order as the magnitudes do, with infinity and NaN above all.
             bits = D.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            tl.atomic_max(largest + matrix, tl.max(tl.max(bits, 1), 0))
+            tl.atomic_max(largest + matrix, tl.max(tl.reshape(bits, (ROWS * COLUMNS,)), 0))
         # In two halves: a whole tile in float16 would not fit beside the tiles that are being loaded.
         left, right = D.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         if TRANSPOSED:
@@ -51,7 +51,8 @@ def general(
 
     Args:
         A: (B, m, m) float16, m a multiple of UNIT.
-        X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole.
+        X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole,
+            and its rows to the next multiple of 16 bytes.
         alphas: (B,) float32, what each product is multiplied with.
         back: from the last matrix to the first.
         largest: (B,) int32, raised to the bits of D's largest magnitude in float32; not finite if an entry is not.

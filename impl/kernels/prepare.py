@@ -165,4 +165,5 @@ def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
     mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
     arguments = {**source.arguments(), **TILE, **mine}
     names = prepare_kernel.arg_names
-    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=4, enable_fp_fusion=False)
+    warps = 4 if source.grad_scale is None else 8  # a division takes registers
+    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=warps, enable_fp_fusion=False)

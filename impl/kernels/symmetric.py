@@ -59,9 +59,9 @@ def square_kernel(
             D += c.load([top + row, column]).to(tl.float32) * (beta * tl.load(betas + matrix))
             D += tl.where(inside[:, None] == inside[None, :], tl.where(i == j, gamma, 0.0), 0.0)
         if SQUARES:
-            tl.store(shares + tile, tl.sum(tl.sum(D * D, 1), 0) * tl.where(i == j, 1.0, 2.0))
+            tl.store(shares + tile, tl.sum(tl.reshape(D * D, (TILE * TILE,)), 0) * tl.where(i == j, 1.0, 2.0))
         if TRACE:
-            trace = tl.sum(tl.sum(tl.where(inside[:, None] == inside[None, :], D, 0.0), 1), 0)
+            trace = tl.sum(tl.reshape(tl.where(inside[:, None] == inside[None, :], D, 0.0), (TILE * TILE,)), 0)
             tl.store(shares + tile, tl.where(i == j, trace, 0.0))
         D16 = D.to(tl.float16)
         d.store([top + row, column], D16)
