@@ -209,7 +209,7 @@ def test_orthogonalizations_at_tile_edges(device, m, n, dtype):
     assert accept.distance(O, expected) < (8e-3 if dtype != torch.bfloat16 else 1.2e-2)
     accept.same_bits(actual=orthogonalize.orthogonalize(X, plan, 0.0), expected=O)
     accept.same_bits(actual=X, expected=before)
-    assert orthogonalize.batch(X.shape, dtype, plan, 0.0, device, True, caller(device)).arena.untyped_storage().size() == 0
+    assert orthogonalize.batch(X.shape, dtype, plan, 0.0, X.device, True, caller(device)).arena.untyped_storage().size() == 0
 
 
 def caller(device: torch.device) -> tuple[int, int]:
