@@ -41,9 +41,11 @@ def plans(
     new = {}
     for device, those in entries.items():
         key = signature(those, state, scaled)
-        fits = device in old and old[device].signature == key
-        new[device] = old[device] if fits else Plan(those, state, scaled, key)
-        new[device].entries = those
+        plan = old.get(device)
+        if plan is None or plan.signature != key or plan.replayed:
+            plan = Plan(those, state, scaled, key, plan)
+        plan.entries = those
+        new[device] = plan
     return new
 
 
@@ -53,8 +55,14 @@ class Plan:
     Between steps it holds a few numbers for each matrix; in a step, 2 bytes for each of their entries, and scratch memory.
     """
 
-    def __init__(self, entries: Sequence[Entry], state: States, scaled: bool, key: tuple[Any, ...]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], state: States, scaled: bool, key: tuple[Any, ...], before: "Plan | None" = None
+    ) -> None:
         self.entries, self.signature, self.device = entries, key, entries[0][1].device
+        # A plan made in a capture is filled by the graph's replays alone; one that a capture has used is overwritten by
+        # them, and must outlive its time here.
+        self.replayed = self.captured = torch.cuda.is_current_stream_capturing()
+        self.before = before if before is None or before.captured else before.before
         self.groups = self._groups()
         self.hyper = torch.zeros(len(self.groups), 4, dtype=torch.float64, device=self.device)
         self.values: list[list[float | None]] = [[None] * 4 for _ in self.groups]
@@ -170,8 +178,9 @@ class Plan:
         momenta, averages = ([state[p].get(key) for p in parameters] for key in ("momentum_buffer", "variance_buffer"))
         tensors = (*parameters, *momenta, *self.gradients, *averages)
         addresses = [0 if T is None else T.data_ptr() for T in tensors]
-        again = torch.cuda.is_current_stream_capturing()  # a graph is to write what it was captured with
-        point(self.pointers, [-1] * len(addresses) if again else self.addresses, addresses)
+        # A graph is to write what it was captured with, and others, from then on, what its replays have overwritten.
+        self.captured = self.captured or torch.cuda.is_current_stream_capturing()
+        point(self.pointers, [-1] * len(addresses) if self.captured else self.addresses, addresses)
         self.addresses = addresses
         if self.grad_scale is not None:
             self.grad_scale.copy_(scalar(grad_scale, self.device))
@@ -181,7 +190,7 @@ class Plan:
                 if isinstance(option, Tensor) and option.is_cuda:
                     hyper[i].copy_(option.reshape(()))
                     values[i] = None
-                elif again or values[i] != float(option):
+                elif self.captured or values[i] != float(option):
                     values[i] = number = float(option)
                     hyper[i].fill_(number)
 

@@ -4,6 +4,7 @@
 import copy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -170,6 +171,48 @@ def test_options_that_change_between_steps(device, take):
         group.update(news[step])
 
     compare(take, lambda: make(device, shapes), random_gradients(shapes, 7), change)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """A context in which a step believes that it is being captured."""
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+    return context
+
+
+def test_what_replays_have_overwritten_is_written_again(device, take, capturing):
+    shapes = [((9, 5), {})] * 8  # whose weights are a block of addresses that does not change by itself
+    gradients = random_gradients(shapes, 4)
+    fast, slow = make(device, shapes), make(device, shapes)
+    before = weights(slow)
+    take(False, slow, gradients)
+    take(True, fast, gradients[:1])
+    (plan,) = fast.plans.values()
+    with capturing():
+        take(True, fast, gradients[1:2])
+    for each in gradients[2:]:
+        plan.pointers.zero_()
+        plan.hyper.zero_()
+        take(True, fast, [each])
+    assert [*fast.plans.values()] == [plan]
+    accept_alike(fast, slow, before)
+
+
+def test_a_plan_made_in_a_capture_is_left_to_its_graph(device, take, capturing):
+    shapes = [((24, 40), {})]
+    optimizer = make(device, shapes)
+    with capturing():
+        take(True, optimizer, random_gradients(shapes, 1))
+    (plan,) = optimizer.plans.values()
+    take(True, optimizer, random_gradients(shapes, 2))
+    (later,) = optimizer.plans.values()
+    assert later is not plan and later.before is plan and not later.captured
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])

@@ -79,8 +79,7 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         "ROWS": row_scale is not None,
     }
     number = programs(len(source.places), source.rows, source.columns, **TILE)
-    names = apply_kernel.arg_names
-    return launch(apply_kernel, number, {n: arguments[n] for n in names}, num_warps=4, enable_fp_fusion=False)
+    return launch(apply_kernel, number, arguments, num_warps=4, enable_fp_fusion=False)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "stride"])

@@ -11,12 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], **options: Any) -> Callable[[], None]:
-    """A function that launches `kernel` on the current stream of the current device.
+    """A function that launches `kernel` on the current stream of the current device; it takes the arguments that it has.
 
     Binding arguments anew takes Triton as long as a small product takes the GPU; so the first call compiles, and later
     ones hand the same arguments to what it compiled.
     """
-    grid, values = (programs, 1, 1), tuple(arguments.values())
+    grid, arguments = (programs, 1, 1), {name: arguments[name] for name in kernel.arg_names}
+    values = tuple(arguments.values())
     again: Callable[..., None] | None = None
 
     def run() -> None:

@@ -65,7 +65,9 @@ def orthogonalize(X: Tensor, schedule: Schedule, eps: float) -> Tensor:
     out = torch.empty_like(X)
     with torch.cuda.device(X.device):
         caller = (threading.get_ident(), torch.cuda.current_stream().cuda_stream)
-        these = batch(X.shape, X.dtype, schedule, eps, X.device, X.data_ptr() % 16 == 0, caller)
+        # What a capture makes is filled by the graph's replays, so nobody else may find it in the cache.
+        make = batch.__wrapped__ if torch.cuda.is_current_stream_capturing() else batch
+        these = make(X.shape, X.dtype, schedule, eps, X.device, X.data_ptr() % 16 == 0, caller)
         these.arena.untyped_storage().resize_(2 * these.arena.numel())
         for here, part in these.outs:
             part.set_(out[here])

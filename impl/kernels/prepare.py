@@ -147,8 +147,7 @@ def largest(source: Source, out: Tensor) -> Callable[[], None]:
     shape = dict(DOWN=64, ACROSS=128)
     number = programs(len(source.places), source.rows, source.columns, **shape)
     arguments = {**source.arguments(), **shape, "largest": out}
-    names = largest_kernel.arg_names
-    return launch(largest_kernel, number, {n: arguments[n] for n in names}, num_warps=8, enable_fp_fusion=False)
+    return launch(largest_kernel, number, arguments, num_warps=8, enable_fp_fusion=False)
 
 
 def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
@@ -164,6 +163,5 @@ def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
     number = programs(len(source.places), *sides, **TILE)
     mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
     arguments = {**source.arguments(), **TILE, **mine}
-    names = prepare_kernel.arg_names
     warps = 4 if source.grad_scale is None else 8  # a division takes registers
-    return launch(prepare_kernel, number, {n: arguments[n] for n in names}, num_warps=warps, enable_fp_fusion=False)
+    return launch(prepare_kernel, number, arguments, num_warps=warps, enable_fp_fusion=False)
