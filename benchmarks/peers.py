@@ -13,7 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
 from importlib import metadata
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from benchmarks.shapes import Model
 from impl.schedules import JORDAN, POLAR_EXPRESS
 
 Orthogonalize = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 LR, DECAY = 0.02, 0.1
 
 
@@ -166,3 +169,12 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def measured(result: T | str, implementation: str, case: str) -> T:
+    """The result, if it is no traceback: with one, ours fails, and a peer is skipped with its last line."""
+    if not isinstance(result, str):
+        return result
+    if implementation.startswith("ours"):
+        pytest.fail(result)
+    pytest.skip(f"{implementation} on {case}: {result.strip().splitlines()[-1]}")

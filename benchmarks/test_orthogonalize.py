@@ -42,12 +42,7 @@ def measure(case: str, names: tuple[str, ...], device: torch.device) -> dict[str
 
 
 def test_orthogonalize(benchmark, case, implementation, together, device):
-    result = measure(case, together, device)[implementation]
-    if isinstance(result, str):
-        if implementation.startswith("ours"):
-            pytest.fail(result)
-        pytest.skip(f"{implementation} on {case}: {result.strip().splitlines()[-1]}")
-    times, error = result
+    times, error = peers.measured(measure(case, together, device)[implementation], implementation, case)
     benchmark.group = case
     timing.replay(benchmark, times)
 
