@@ -62,8 +62,9 @@ def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
             raise ValueError(f"{label} should be >= 0 but is: {value}")
     if not group["adamw_eps"] >= SMALLEST:
         raise ValueError(f"adamw_eps should be >= {SMALLEST}, or nothing keeps 0 / 0 away, but is: {group['adamw_eps']}")
-    if not group["momentum"] < 1:
-        raise ValueError(f"momentum should be < 1 but is: {group['momentum']}")
+    momentum = group["momentum"]
+    if (wait or not isinstance(momentum, Tensor)) and not momentum < 1:
+        raise ValueError(f"momentum should be < 1 but is: {momentum}")
     if group["adjust_lr_fn"] not in SCALES:
         raise ValueError(
             f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; adjust_lr_fn is one of {SCALES}"

@@ -13,6 +13,7 @@ import reference
 from impl import Layout, Muon, Section, orthogonalize, param_groups
 from impl import schedules as ours
 from impl.layout import cut, matrices
+from impl.options import check_options
 
 
 @pytest.mark.parametrize("steps", reference.LOWER)
@@ -235,6 +236,13 @@ def test_overrides_options_reach_the_group():
     assert found["0.weight"]["lr"] is lr[0]
     assert found["1.weight"]["lr"] is lr[1]
     assert found["1.weight"]["momentum"] == 0.5
+
+
+def test_a_step_does_not_look_at_options_that_are_tensors():
+    """It would have to wait for their device, which a CUDA graph being captured forbids; these have nothing to look at."""
+    group = Muon([nn.Parameter(torch.ones(2, 3))]).param_groups[0]
+    tensors = {option: torch.empty((), device="meta") for option in ("lr", "weight_decay", "momentum")}
+    check_options({**group, **tensors}, wait=False)
 
 
 def test_a_tensor_learning_rate_of_low_precision_still_decays():
