@@ -8,18 +8,25 @@ from torch import Tensor
 import impl
 from conformance import accept
 from conformance.strategies import matrix
-from impl.kernels import general as general_module
-from impl.kernels import iteration, orthogonalize, symmetric
-from impl.kernels.general import general
-from impl.kernels.general import oracle as general_oracle
+from impl.kernels import general, iteration, orthogonalize, products, symmetric
 from impl.kernels.launch import UNIT, tiles_for
-from impl.kernels.symmetric import oracle, product, square
+from impl.kernels.products import PORTABLE, Products
+from impl.kernels.symmetric import oracle
 from impl.schedules import schedule
 from tests.poison import INTERPRETED, accept_cast, accept_outside, padded, poisoned
 
 EDGES = (1, 63, 64, 65, 127, 128, 129) if INTERPRETED else (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
 HEIGHTS = (UNIT, 2 * UNIT) if INTERPRETED else (UNIT, 2 * UNIT, 3 * UNIT, 8 * UNIT)
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=["fastest"] if INTERPRETED else ["fastest", "portable"])
+def make(request, device) -> Products:
+    """The products that the device gets, and those that all others get."""
+    fastest = products.products(device)
+    if request.param == "portable" and fastest is PORTABLE:
+        pytest.skip("they are the fastest here")
+    return fastest if request.param == "fastest" else PORTABLE
 
 
 def normal(shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Tensor:
@@ -64,11 +71,11 @@ def shares(B: int, m: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("k", EDGES)
 @pytest.mark.parametrize("m", HEIGHTS)
-def test_gram_matrices(device, m, k):
+def test_gram_matrices(make, device, m, k):
     B = 2 if INTERPRETED and m > UNIT else 3
     X, D, alphas = normal((B, m, k), device), poisoned((B, m, m), device), numbers(B, device)
     norms = shares(B, m, device)
-    square(X, D, alphas, 0.5, squares=norms)()
+    make.square(X, D, alphas, 0.5, squares=norms)()
     exact = X.double() @ X.double().mT * alphas.double()[:, None, None] / 2
     accept_rounding(D, exact, oracle(X, X, alphas / 2, torch.zeros_like(alphas), 0.0))
     accept.same_bits(actual=D, expected=D.mT)
@@ -76,110 +83,108 @@ def test_gram_matrices(device, m, k):
     accept_outside(norms)
     traces = shares(B, m, device)
     again = poisoned((B, m, m), device)
-    square(X, again, alphas, 0.5, trace=traces, back=True)()
+    make.square(X, again, alphas, 0.5, trace=traces)()
     torch.testing.assert_close(traces.double().sum(1), exact.diagonal(dim1=1, dim2=2).sum(1), rtol=2e-5, atol=0)
     accept.same_bits(actual=again, expected=D)
 
 
 @pytest.mark.parametrize("m", HEIGHTS)
 @pytest.mark.parametrize("B", [1, 2, 5])
-def test_quadratics(device, m, B):
+def test_quadratics(make, device, m, B):
     A, _ = commuting(B, m, device)
     D, alphas, betas = poisoned((B, m, m), device), numbers(B, device), numbers(B, device).flip(0) + 3
-    square(A, D, alphas, 0.3, quadratic=(betas, -0.7, 1.75))()
+    make.square(A, D, alphas, 0.3, quadratic=(betas, -0.7, 1.75))()
     wide = A.double() @ A.double() * alphas.double()[:, None, None] * 0.3
     wide += A.double() * betas.double()[:, None, None] * -0.7 + 1.75 * torch.eye(m, device=device)
     accept_rounding(D, wide, oracle(A, A, alphas * 0.3, betas * -0.7, 1.75))
     accept.same_bits(actual=D, expected=D.mT)
     again = poisoned((B, m, m), device)
-    square(A, again, alphas, 0.3, quadratic=(betas, -0.7, 1.75), back=True)()
+    make.square(A, again, alphas, 0.3, quadratic=(betas, -0.7, 1.75))()
     accept.same_bits(actual=again, expected=D)
 
 
 @pytest.mark.parametrize("m", HEIGHTS)
 @pytest.mark.parametrize("B", [1, 2, 5])
-def test_products_of_matrices_that_commute(device, m, B):
+def test_products_of_matrices_that_commute(make, device, m, B):
     A, X = commuting(B, m, device)
     D, alphas = poisoned((B, m, m), device), numbers(B, device)
-    product(A, X, D, alphas)()
+    make.product(A, X, D, alphas)()
     wide = A.double() @ X.double() * alphas.double()[:, None, None]
     accept_rounding(D, wide, A.float() @ X.float() * alphas[:, None, None])
     accept.same_bits(actual=D, expected=D.mT)
     again = poisoned((B, m, m), device)
-    product(A, X, again, alphas, back=True)()
+    make.product(A, X, again, alphas)()
     accept.same_bits(actual=again, expected=D)
 
 
 @pytest.mark.parametrize("n", EDGES)
 @pytest.mark.parametrize("m", HEIGHTS)
-def test_general_products(device, m, n):
+def test_general_products(make, device, m, n):
     B = 2
     A, X, D, alphas = normal((B, m, m), device), normal((B, m, n), device, 1), normal((B, m, n), device), numbers(B, device)
     D.fill_(NAN)
     found = torch.zeros(B, dtype=torch.int32, device=device)
-    general(A, X, D, alphas, found)()
+    make.general(A, X, D, alphas, found)()
     exact = A.double() @ X.double() * alphas.double()[:, None, None]
-    accept_rounding(D, exact, general_oracle(A, X, alphas), granule=8)  # what the hardware stores at a time
+    accept_rounding(D, exact, general.oracle(A, X, alphas), granule=8)  # what the hardware stores at a time
     accept.same_bits(actual=bits(found).half(), expected=D.abs().amax((1, 2)))
     again = poisoned((B, m, n), device, stride=D.stride(1))
-    general(A, X, again, alphas, back=True)()
+    make.general(A, X, again, alphas)()
     accept.same_bits(actual=again, expected=D)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m, n, transposed", [(128, 72, False), (256, 256, False), (128, 256, True), (256, 512, True)])
-def test_products_that_end_in_another_dtype_and_orientation(device, dtype, m, n, transposed):
+def test_products_that_end_in_another_dtype_and_orientation(make, device, dtype, m, n, transposed):
     A, X, alphas = normal((2, m, m), device), normal((2, m, n), device, 1), numbers(2, device)
     D = poisoned((2, n, m) if transposed else (2, m, n), device, dtype)
     found = torch.zeros(2, dtype=torch.int32, device=device)
-    general(A, X, D, alphas, found)()
+    make.general(A, X, D, alphas, found)()
     accept_outside(D)
     plain = torch.empty(2, m, n, dtype=torch.float32, device=device)
-    general(A, X, plain, alphas)()
-    accept_rounding(plain.clone(), A.double() @ X.double() * alphas.double()[:, None, None], general_oracle(A, X, alphas))
+    make.general(A, X, plain, alphas)()
+    accept_rounding(plain.clone(), A.double() @ X.double() * alphas.double()[:, None, None], general.oracle(A, X, alphas))
     accept_cast(D.mT if transposed else D, plain.to(dtype))
     accept.same_bits(actual=bits(found), expected=plain.abs().amax((1, 2)))
 
 
 @pytest.mark.parametrize("programs", [7] if INTERPRETED else [1, 2, 3, 7, 1000])
-def test_any_number_of_programs_does_the_same(device, programs, monkeypatch):
+def test_any_number_of_programs_does_the_same(make, device, programs, monkeypatch):
     results = []
     for number in (4, programs):
-        monkeypatch.setattr(symmetric, "processors", lambda device, number=number: number)
-        monkeypatch.setattr(general_module, "processors", lambda device, number=number: number)
+        for module in (symmetric, general, products):
+            monkeypatch.setattr(module, "processors", lambda device, number=number: number)
         (A, B), X, one = commuting(3, 256, device), normal((3, 256, 70), device), torch.ones(3, device=device)
         C, D, E, W = (poisoned((3, 256, n), device, stride=-(-n // 8) * 8) for n in (256, 256, 256, 70))
         sums = shares(3, 256, device)
-        for back in (False, True):
-            square(A, C, one, 0.25, squares=sums, back=back)()
-            square(A, D, one, 0.25, quadratic=(one, 0.5, 2.0), back=back)()
-            product(A, B, E, one, back=back)()
-            general(A, X, W, one, back=back)()
-            results.append([C, D, E, W, sums.clone()])
-    for other in results[1:]:
-        for actual, expected in zip(other, results[0], strict=True):
-            accept.same_bits(actual=actual, expected=expected)
+        make.square(A, C, one, 0.25, squares=sums)()
+        make.square(A, D, one, 0.25, quadratic=(one, 0.5, 2.0))()
+        make.product(A, B, E, one)()
+        make.general(A, X, W, one)()
+        results.append([C, D, E, W, sums])
+    for actual, expected in zip(*results, strict=True):
+        accept.same_bits(actual=actual, expected=expected)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_what_is_not_finite_stays_with_its_matrix_and_shows(device, bad):
+def test_what_is_not_finite_stays_with_its_matrix_and_shows(make, device, bad):
     A, X = normal((3, UNIT, UNIT), device), normal((3, UNIT, 65), device, 1)
     A[1, 70, 5] = bad
     D, one, found = poisoned((3, UNIT, 65), device, stride=72), torch.ones(3, device=device), torch.zeros(3, dtype=torch.int32)
     found = found.to(device)
-    general(A, X, D, one, found)()
+    make.general(A, X, D, one, found)()
     assert D.isfinite().all((1, 2)).tolist() == bits(found).isfinite().tolist() == [True, False, True]
     G, sums = poisoned((3, UNIT, UNIT), device), shares(3, UNIT, device)
-    square(A, G, one, 0.01, squares=sums)()
+    make.square(A, G, one, 0.01, squares=sums)()
     assert sums.sum(1).isfinite().tolist() == G.isfinite().all((1, 2)).tolist() == [True, False, True]
     S, sums = A + A.mT, shares(3, UNIT, device)
-    square(S, G, one, 0.01, trace=sums)()
+    make.square(S, G, one, 0.01, trace=sums)()
     assert sums.sum(1).isfinite().tolist() == [True, False, True]
-    product(S, S, G, one * 0.01)()
+    make.product(S, S, G, one * 0.01)()
     assert G.isfinite().all((1, 2)).tolist() == [True, False, True]
 
 
-def test_zeros_give_zeros(device):
+def test_zeros_give_zeros(make, device):
     Z, one, found = (
         torch.zeros(2, UNIT, UNIT).half().to(device),
         torch.ones(2, device=device),
@@ -187,11 +192,11 @@ def test_zeros_give_zeros(device):
     )
     found = found.to(device)
     D, sums = poisoned((2, UNIT, UNIT), device), shares(2, UNIT, device)
-    for run in (square(Z, D, one, squares=sums), product(Z, Z, D, one), general(Z, Z, D, one, found)):
+    for run in (make.square(Z, D, one, squares=sums), make.product(Z, Z, D, one), make.general(Z, Z, D, one, found)):
         D.fill_(NAN)
         run()
         assert not D.any() and not sums.any() and not found.any()
-    square(Z, D, one, quadratic=(one, 2.0, 0.75))()
+    make.square(Z, D, one, quadratic=(one, 2.0, 0.75))()
     accept.same_bits(actual=D, expected=0.75 * torch.eye(UNIT).half().to(device).expand(2, -1, -1))
 
 
@@ -265,14 +270,14 @@ def test_tensors_that_are_not_contiguous(device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="10 GB")
-def test_more_than_two_to_the_31_entries(device):
+def test_more_than_two_to_the_31_entries(make, device):
     B, m, n = 16500, 128, 1024
     X, D = torch.empty(B, m, n, dtype=torch.float16, device=device), torch.empty(B, m, n, dtype=torch.float16, device=device)
     assert X.numel() > 2**31
     X.normal_()
     D.fill_(NAN)
     A, one = torch.randn(1, m, m, device=device).half().expand(B, m, m).contiguous(), torch.ones(B, device=device)
-    general(A, X, D, one)()
+    make.general(A, X, D, one)()
     for i in (0, 1, B // 2, B - 2, B - 1):
         accept_rounding(D[i].clone(), A[i].double() @ X[i].double(), A[i].float() @ X[i].float())
     assert not any(part.isnan().any() for part in D.split(1000))

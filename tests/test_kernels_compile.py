@@ -28,9 +28,17 @@ SHARED = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}  # bytes for a block
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NAMES |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAUNCHERS = ("symmetric", "general", "scales", "prepare", "apply", "variance")
+LAUNCHERS = ("products", "symmetric", "general", "scales", "prepare", "apply", "variance")
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options
+
+
+def on_hopper() -> None:
+    """Launch the same products by the kernel for Hopper."""
+    from impl.kernels.products import HOPPER
+
+    with mock.patch("impl.kernels.iteration.products", return_value=HOPPER):
+        of_products()
 
 
 def of_products() -> None:
@@ -100,7 +108,9 @@ def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], d
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = "*" + NAMES[value.dtype]
         elif hasattr(value, "block_shape"):
-            types[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            shape = str(list(value.block_shape)).replace(" ", "")
+            types[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{shape}{layout}>"
         else:
             types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     return types, constants
@@ -110,11 +120,13 @@ def compiled(launch: Launch, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, arguments, options = launch
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     types, constants = signature(kernel, arguments)
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
-    return triton.compile(ASTSource(kernel, types, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source(kernel, types, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def spilled(kernel: Any, folder: Path) -> list[int]:
@@ -140,15 +152,18 @@ def faults(launch: Launch, arch: int, folder: Path) -> list[str]:
     return wrong + [f"{what}: no wgmma"] * (multiplies and arch == 90 and "wgmma.mma_async" not in kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize("run", [of_products, by_entry], ids=["products", "by_entry"])
-@pytest.mark.parametrize("arch", SHARED)
-def test_kernels_fit_and_do_not_spill(arch, run, tmp_path):
+@pytest.mark.parametrize(
+    "run, arch",
+    [(on_hopper, 90), *product([of_products, by_entry], SHARED)],
+    ids=lambda value: getattr(value, "__name__", f"sm_{value}"),
+)
+def test_kernels_fit_and_do_not_spill(run, arch, tmp_path):
     pytest.importorskip("triton", reason="kernels need Triton")
     wrong = [fault for launch in launched(run, arch) for fault in faults(launch, arch, tmp_path)]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("run, least", [(of_products, 12), (by_entry, 35)], ids=["products", "by_entry"])
+@pytest.mark.parametrize("run, least", [(on_hopper, 12), (of_products, 12), (by_entry, 35)])
 def test_the_launchers_are_seen(run, least):
     pytest.importorskip("triton", reason="kernels need Triton")
     assert len(list(launched(run, 90))) >= least

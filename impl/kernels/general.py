@@ -10,17 +10,16 @@ from torch import Tensor
 from impl.kernels.launch import describe, launch, processors, tiles, tiles_for
 
 
-@triton.jit(do_not_specialize=["batch", "m", "n", "back"])
+@triton.jit(do_not_specialize=["batch", "m", "n"])
 def general_kernel(
-    a, x, d, alphas, largest, batch, m, n, back,
+    a, x, d, alphas, largest, batch, m, n,
     LARGEST: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program computes every `num_programs`-th tile, matrix by matrix and down the columns."""
     down = m // ROWS
     tiles = down * tl.cdiv(n, COLUMNS)
     # Flattened, so that the next tile's loads are under way while this one is stored.
-    for i in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
-        tile = tl.where(back != 0, batch * tiles - 1 - i, i)
+    for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
         matrix = tile // tiles
         t = tile % tiles
         row = t % down * ROWS
@@ -44,9 +43,7 @@ def general_kernel(
             d.store([top + row, column + COLUMNS // 2], right.to(d.dtype))
 
 
-def general(
-    A: Tensor, X: Tensor, D: Tensor, alphas: Tensor, largest: Tensor | None = None, back: bool = False
-) -> Callable[[], None]:
+def general(A: Tensor, X: Tensor, D: Tensor, alphas: Tensor, largest: Tensor | None = None) -> Callable[[], None]:
     """A launch of D = alpha A X.
 
     Args:
@@ -54,7 +51,6 @@ def general(
         X, D: (B, m, n) float16, in different memory; rows 16 bytes apart or a multiple of that. D is written whole,
             and its rows to the next multiple of 16 bytes.
         alphas: (B,) float32, what each product is multiplied with.
-        back: from the last matrix to the first.
         largest: (B,) int32, raised to the bits of D's largest magnitude in float32; not finite if an entry is not.
     """
     batch, m, n = X.shape
@@ -70,7 +66,6 @@ def general(
         batch=batch,
         m=m,
         n=n,
-        back=int(back),
         LARGEST=largest is not None,
         TRANSPOSED=transposed,
         ROWS=tile.rows,

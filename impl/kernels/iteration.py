@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from impl.kernels import scales as scale
-from impl.kernels.general import general
 from impl.kernels.launch import UNIT, tiles, tiles_for
-from impl.kernels.symmetric import product, square
+from impl.kernels.products import Products, products
 from impl.schedules import Quintic, Schedule
 
 Launches = list[Callable[[], None]]
@@ -103,6 +102,7 @@ def iteration(
     """
     B, M, n = O.shape
     plain = m == n
+    make = products(O.device)
     spare = batch(memory, B, m, n)
     rest = memory[B * batch_numbers(m, n) :]
     squares = [rest[i * B * M * M : (i + 1) * B * M * M].view(B, M, M) for i in range(1 if plain else 3)]
@@ -120,19 +120,20 @@ def iteration(
         free = other.as_strided((B, M, M), (M * M, M, 1))
         A = free if R is None else R
         if first:
-            launches.append(square(X, A, scales[scale.ONE], gram, **norm))
+            launches.append(make.square(X, A, scales[scale.ONE], gram, **norm))
             launches.append(scale.scales(shares, largest, scales, gram, schedule.margin, eps, "squares" in norm))
         else:
-            launches.append(square(X, A, scales[scale.ONE], back=_turn(launches)))
-        Q, P = _factor(launches, run, A, Q, P, free, scales, first)
+            launches.append(make.square(X, A, scales[scale.ONE]))
+        Q, P = _factor(make, launches, run, A, Q, P, free, scales, first)
         k = {(True, True): scale.UNIT_T, (True, False): scale.UNIT, (False, True): scale.T}.get((first, last), scale.ONE)
         target = out if last and out is not None else other
-        launches.append(general(Q, X, target, scales[k], finite if last else None, _turn(launches)))
+        launches.append(make.general(Q, X, target, scales[k], finite if last else None))
         X, other = other, X
     return begin, launches, Q
 
 
 def _factor(
+    make: Products,
     launches: Launches,
     run: tuple[Quintic, ...],
     A: Tensor,
@@ -147,18 +148,13 @@ def _factor(
         raw = first and i == 0  # A is not normalised yet
         alphas, betas = (scale.GRAM2_T4, scale.GRAM_T2) if raw else (scale.T4, scale.T2)
         Z = free if i else Q
-        launches.append(square(A, Z, scales[alphas], c, quadratic=(scales[betas], b, a), back=_turn(launches)))
+        launches.append(make.square(A, Z, scales[alphas], c, quadratic=(scales[betas], b, a)))
         if P is None:
             continue
         if i:
-            launches.append(product(Q, Z, P, scales[scale.ONE], _turn(launches)))
+            launches.append(make.product(Q, Z, P, scales[scale.ONE]))
             Q, P = P, Q
         if i < len(run) - 1:
-            launches.append(product(A, Z, P, scales[scale.GRAM if raw else scale.ONE], _turn(launches)))
-            launches.append(product(P, Z, A, scales[scale.ONE], _turn(launches)))
+            launches.append(make.product(A, Z, P, scales[scale.GRAM if raw else scale.ONE]))
+            launches.append(make.product(P, Z, A, scales[scale.ONE]))
     return Q, P
-
-
-def _turn(launches: Launches) -> bool:
-    """Every other launch goes backwards, and so meets first what the one before it has left in the cache."""
-    return len(launches) % 2 == 1

@@ -36,9 +36,9 @@ def accumulate(a, b, top, row, column, depth, TILE: tl.constexpr, DEPTH: tl.cons
     return sums
 
 
-@triton.jit(do_not_specialize=["batch", "m", "depth", "back"])
+@triton.jit(do_not_specialize=["batch", "m", "depth"])
 def square_kernel(
-    a, c, d, alphas, betas, shares, alpha, beta, gamma, batch, m, depth, back,
+    a, c, d, alphas, betas, shares, alpha, beta, gamma, batch, m, depth,
     QUADRATIC: tl.constexpr, SQUARES: tl.constexpr, TRACE: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +47,7 @@ def square_kernel(
     tiles = strips * (strips + 1) // 2
     inside = tl.arange(0, TILE)
     # Flattened, so that the next tile's loads are under way while this one is stored.
-    for n in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
-        tile = tl.where(back != 0, batch * tiles - 1 - n, n)
+    for tile in tl.range(tl.program_id(0), batch * tiles, tl.num_programs(0), flatten=True):
         matrix = tile // tiles
         i, j = place(tile % tiles, 0)
         top = matrix * m
@@ -69,17 +68,16 @@ def square_kernel(
         d.store([top + column, tl.where(i == j, m, row)], D16.T)
 
 
-@triton.jit(do_not_specialize=["batch", "m", "back"])
+@triton.jit(do_not_specialize=["batch", "m"])
 def product_kernel(
-    a, b, d, alphas, batch, m, back, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, d, alphas, batch, m, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """B unlike A: first the tiles above the diagonals, then those on them."""
     strips = m // TILE
     above = strips * (strips - 1) // 2
     inside = tl.arange(0, TILE)
     programs = tl.num_programs(0)
-    for n in tl.range(tl.program_id(0), batch * above, programs, flatten=True):
-        tile = tl.where(back != 0, batch * above - 1 - n, n)
+    for tile in tl.range(tl.program_id(0), batch * above, programs, flatten=True):
         matrix = tile // above
         i, j = place(tile % above, 1)
         top = matrix * m
@@ -88,8 +86,7 @@ def product_kernel(
         d.store([top + i * TILE, j * TILE], D16)
         d.store([top + j * TILE, i * TILE], D16.T)
     # The programs that have had a tile less go first.
-    for n in range((tl.program_id(0) + programs - batch * above % programs) % programs, batch * strips, programs):
-        tile = tl.where(back != 0, batch * strips - 1 - n, n)
+    for tile in range((tl.program_id(0) + programs - batch * above % programs) % programs, batch * strips, programs):
         matrix = tile // strips
         top = matrix * m
         row = tile % strips * TILE
@@ -107,7 +104,6 @@ def square(
     quadratic: tuple[Tensor, float, float] | None = None,
     squares: Tensor | None = None,
     trace: Tensor | None = None,
-    back: bool = False,
 ) -> Callable[[], None]:
     """A launch of D = alpha A A^T, plus beta A + gamma I with `quadratic`, for symmetric A.
 
@@ -118,7 +114,6 @@ def square(
         quadratic: (betas, beta, gamma), betas (B,) float32, multiplies `beta`.
         squares, trace: (B, t) float32, where to put each computed tile's share of D's sum of squares, or of its trace;
             t = s (s + 1) / 2 for s tiles below each other.
-        back: from the last matrix to the first.
     """
     betas, beta, gamma = quadratic or (alphas, 0.0, 0.0)
     shares = squares if trace is None else trace
@@ -137,7 +132,6 @@ def square(
         batch=len(D),
         m=D.shape[1],
         depth=A.shape[2],
-        back=int(back),
         QUADRATIC=quadratic is not None,
         SQUARES=squares is not None,
         TRACE=trace is not None,
@@ -148,7 +142,7 @@ def square(
     return launch(square_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False) -> Callable[[], None]:
+def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor) -> Callable[[], None]:
     """A launch of D = alpha A B for symmetric A and B that commute; shapes and arguments as in `square`."""
     tile = tiles_for(D.device).product
     strips = D.shape[1] // tile.rows
@@ -159,7 +153,6 @@ def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor, back: bool = False)
         alphas=alphas,
         batch=len(D),
         m=D.shape[1],
-        back=int(back),
         TILE=tile.rows,
         DEPTH=tile.depth,
     )
