@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel that launchers launch, compiled for GPUs that need not be here: it fits, spills nothing, uses the tensor cores.
+"""Every kernel that launchers launch, compiled for GPUs that need not be here: it fits, spills nothing, uses the hardware.
 
 The launchers run on the CPU with launching replaced, so what is compiled here is what they would launch there.
 """
@@ -149,6 +149,8 @@ def faults(launch: Launch, arch: int, folder: Path) -> list[str]:
     wrong = [f"{what}: {spills} bytes spilled"] if any(spills) else []
     wrong += [f"{what}: {shared} bytes of shared memory"] if shared > SHARED[arch] else []
     multiplies = "a" in arguments and "d" in arguments
+    vectors = not arguments.get("ALIGNED") or re.search(r"ld\.global(\.\w+)*\.v4", kernel.asm["ptx"])
+    wrong += [] if vectors else [f"{what}: moves less than 16 bytes at a time"]
     return wrong + [f"{what}: no wgmma"] * (multiplies and arch == 90 and "wgmma.mma_async" not in kernel.asm["ptx"])
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import TILE, array, programs, rows_of, tile_of, within
+from impl.kernels.places import TILE, array, eights, programs, rows_of, tile_of, within
 from impl.kernels.prepare import DTYPES, Source, direction
 
 
@@ -42,7 +42,7 @@ def apply_kernel(
         lr = tl.load(hyper)
         kept = (1.0 - lr * tl.load(hyper + 1)).to(tl.float32)
         step = (lr * scale).to(tl.float32)
-        stride = tl.multiple_of(stride, 8)
+        stride = eights(stride)
         O += matrix.to(tl.int64) * height * stride
         inside = within(r, c, rows, columns, ALIGNED)
         M_new, _ = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
@@ -89,11 +89,11 @@ def unpack_kernel(
 ):  # fmt: skip
     """Write a tile of O to an array of whole matrices."""
     matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
-    stride = tl.multiple_of(stride, 8)
+    stride = eights(stride)
     O += matrix.to(tl.int64) * height * stride
     out += matrix.to(tl.int64) * rows * columns
     if ALIGNED:
-        columns = tl.multiple_of(columns, 8)
+        columns = eights(columns)
     inside = within(r, c, rows, columns, ALIGNED)
     D = update(O, height, stride, r, c, inside, TALL)
     tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], D.to(out.dtype.element_ty), mask=inside)

@@ -112,9 +112,15 @@ def tile_of(program, rows, columns, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
+def eights(x):
+    """x, a multiple of 8, in a form that tells so to the compiler, which forgets tl.multiple_of of an argument."""
+    return x // 8 * 8
+
+
+@triton.jit
 def within(r, c, rows, columns, ALIGNED: tl.constexpr):
     """Which entries of a tile exist."""
     if ALIGNED:
-        rows = tl.multiple_of(rows, 8)
-        columns = tl.multiple_of(columns, 8)
+        rows = eights(rows)
+        columns = eights(columns)
     return (r < rows)[:, None] & (c < columns)[None, :]

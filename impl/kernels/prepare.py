@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from impl.kernels.launch import launch
-from impl.kernels.places import TILE, array, programs, rows_of, tile_of, within
+from impl.kernels.places import TILE, array, eights, programs, rows_of, tile_of, within
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -98,6 +98,22 @@ def power(x, exponent):
     return x * first * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def read(
+    places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The update direction in a tile of a matrix, zero where there is none."""
+    index = tl.load(places + matrix.to(tl.int64) * 5)
+    address = tl.load(pointers + 2 * parameters + index)
+    G = array(address, GRADIENT, ALIGNED)
+    M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
+    at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
+    inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
+    _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+    return U
+
+
 @triton.jit(do_not_specialize=["parameters", "rows", "columns"])
 def largest_kernel(
     places, pointers, hyper, grad_scale, largest, parameters, rows, columns,
@@ -106,13 +122,10 @@ def largest_kernel(
 ):  # fmt: skip
     """Raise a matrix's `largest` to the bits of the largest magnitude in a tile; infinity and NaN order above all."""
     matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
-    index = tl.load(places + matrix.to(tl.int64) * 5)
-    address = tl.load(pointers + 2 * parameters + index)
-    G = array(address, GRADIENT, ALIGNED)
-    M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
-    at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
-    inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
-    _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+    U = read(
+        places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
+        GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED,
+    )  # fmt: skip
     tl.atomic_max(largest + matrix, tl.max(tl.max(U.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0))
 
 
@@ -125,15 +138,12 @@ def prepare_kernel(
     """Write a tile of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
     below, beside = (rows, height) if TALL else (height, columns)
     matrix, r, c = tile_of(tl.program_id(0), below, beside, DOWN, ACROSS)
-    index = tl.load(places + matrix.to(tl.int64) * 5)
-    address = tl.load(pointers + 2 * parameters + index)
-    G = array(address, GRADIENT, ALIGNED)
-    M = array(tl.load(pointers + parameters + index), tl.float32, ALIGNED)
-    at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
-    inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
-    _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
+    U = read(
+        places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
+        GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED,
+    )  # fmt: skip
     U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
-    stride = tl.multiple_of(stride, 8)
+    stride = eights(stride)
     X += matrix.to(tl.int64) * height * stride
     written = within(r, c, below, beside, ALIGNED)
     if TALL:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from impl.kernels.apply import update
 from impl.kernels.launch import launch, tiles
-from impl.kernels.places import rows_of, tile_of, within
+from impl.kernels.places import eights, rows_of, tile_of, within
 from impl.stages import VARIANCE_FLOOR
 
 BLOCK, SIDE = 1024, 64
@@ -19,7 +19,7 @@ BLOCK, SIDE = 1024, 64
 def squares_kernel(O, squares, rows, columns, height, stride, SIDE: tl.constexpr, TALL: tl.constexpr):
     """The sums of squares of SIDE rows of a matrix."""
     matrix, r, _ = tile_of(tl.program_id(0), rows, 1, SIDE, 1)
-    stride = tl.multiple_of(stride, 8)
+    stride = eights(stride)
     O += matrix.to(tl.int64) * height * stride
     total = tl.zeros((SIDE,), tl.float32)
     for start in range(0, columns, SIDE):
