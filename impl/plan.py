@@ -83,8 +83,9 @@ class Plan:
         from impl.kernels import iteration
 
         tables = [each.matrices for parts in found.values() for each in parts.values()]
-        # The bits of the largest magnitudes in each matrix's update direction, and in its orthogonalized update.
-        self.flags = torch.zeros(2, sum(map(len, tables)), dtype=torch.int32, device=self.device)
+        # The bits of the largest magnitudes in each matrix's update direction, in its orthogonalized update, and in its update
+        # direction of the last step.
+        self.flags = torch.zeros(3, sum(map(len, tables)), dtype=torch.int32, device=self.device)
         self.members = torch.cat(tables)[:, 0]  # which parameter each is in
         counts = [sum(len(each.matrices) for each in parts.values()) for parts in found.values()]
         chunks = [iteration.chunk(B, key.m, key.n) for key, B in zip(found, counts, strict=True)]
@@ -113,18 +114,18 @@ class Plan:
     ) -> None:
         """The launches from gradients to orthogonalized matrices for O[chunk]."""
         from impl.kernels import iteration
-        from impl.kernels.prepare import largest, prepare
+        from impl.kernels.prepare import prepare
 
         norms = iteration.norms(chunk.stop - chunk.start, key.m, self.device)
-        biggest, finite = flag[:, chunk]
-        X, launches, Q = iteration.iteration(O[chunk], key.m, key.schedule, key.eps, memory, *norms, biggest, finite)
+        largest, finite, guess = flag[:, chunk]
+        X, launches, Q = iteration.iteration(O[chunk], key.m, key.schedule, key.eps, memory, *norms, largest, finite)
         before: Launches = []
         for part, where, table in _spread(parts):
             low, high = max(chunk.start, where.start), min(chunk.stop, where.stop)
             if low < high:
                 source = self._source(part, table.matrices[low - where.start : high - where.start])
                 here = slice(low - chunk.start, high - chunk.start)
-                before += [largest(source, biggest[here]), prepare(source, biggest[here], X[here])]
+                before += prepare(source, largest[here], guess[here], X[here])
         self.prepares.append(([*before, *launches], Q))
 
     def _apply_batch(self, parts: Mapping[Part, Tables], O: Tensor) -> None:
@@ -146,18 +147,19 @@ class Plan:
         with torch.cuda.device(self.device):
             self._read(state, grad_scale)
             self.arena.untyped_storage().resize_(self.arena.numel() * 2)
-            self.flags.zero_()
+            self.flags[2].copy_(self.flags[0])
+            self.flags[:2].zero_()
             for launches, Q in self.prepares:
                 orthogonalize(launches, Q)
 
     def magnitudes(self) -> tuple[list[Tensor], list[Tensor]]:
         """The largest magnitudes in each matrix's update direction, and in its orthogonalized update: (B,) float32."""
-        before, after = self.flags.view(torch.float32)
+        before, after, _ = self.flags.view(torch.float32)
         return [before], [after]
 
     def culprits(self) -> list[Tensor]:
         """The parameters with a matrix in which something is not finite; waits for the device."""
-        bad = ~self.flags.view(torch.float32).isfinite().all(0)
+        bad = ~self.flags[:2].view(torch.float32).isfinite().all(0)
         return [self.entries[i][1] for i in sorted(set(self.members[bad].tolist()))]
 
     def apply(self, code: Tensor | None) -> None:

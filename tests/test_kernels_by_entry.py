@@ -13,7 +13,7 @@ from conformance.strategies import LAYOUTS
 from impl.kernels import iteration, places
 from impl.kernels import scales as scale
 from impl.kernels.apply import apply, unpack
-from impl.kernels.prepare import Source, largest, prepare
+from impl.kernels.prepare import Source, prepare
 from impl.kernels.variance import variance
 from impl.layout import Layout, cut, matrices
 from impl.stages import normalize_rows
@@ -87,11 +87,21 @@ class Case:
     def prepared(self, source: Source) -> tuple[Tensor, Tensor]:
         """What the kernels find, and write into a batch of NaN: `largest` and X."""
         m, n = sorted((self.rows, self.columns))
-        found = torch.zeros(len(self.table), dtype=torch.int32, device=self.device)
-        largest(source, found)()
+        found, guess = torch.zeros(2, len(self.table), dtype=torch.int32, device=self.device)
         X = poisoned((len(self.table), iteration.padded(m), n), self.device, stride=iteration.stride(m, n))
-        prepare(source, found, X)()
+        for run in prepare(source, found, guess, X):
+            run()
         accept_outside(X)
+        expected, once = X.clone(), found.clone()
+        # It is the same with a guess that is right, too small, too large, infinite, or NaN.
+        guesses = torch.stack([once, once // 2, once + (3 << 23), 0 * once + 0x7F800000, 0 * once + 0x7FC00000])
+        which = torch.arange(self.columns, self.columns + len(once), device=self.device) % len(guesses)
+        guess = guesses.gather(0, which[None])[0]
+        X.fill_(NAN)
+        for run in prepare(source, found.zero_(), guess, X):
+            run()
+        accept.same_bits(actual=found, expected=once)
+        accept.same_bits(actual=X, expected=expected)
         return found.view(torch.float32), X
 
     def accept_prepared(self, U: Tensor, source: Source) -> None:
@@ -325,8 +335,8 @@ def test_more_than_two_to_the_31_entries(device):
     del out
     case = Case((m, n), device, count=1)
     case.table = case.table.repeat(B, 1)
-    found = torch.zeros(B, dtype=torch.int32, device=device)
+    found, guess = torch.zeros(2, B, dtype=torch.int32, device=device)
     O.fill_(NAN)
-    largest(case.source(), found)()
-    prepare(case.source(), found, O)()
+    for run in prepare(case.source(), found, guess, O):
+        run()
     assert (found == found[0]).all() and all((part == O[0]).all() for part in O.split(500))

@@ -59,7 +59,7 @@ def of_products() -> None:
 def by_entry() -> None:
     """Launch what works entry by entry: all dtypes and orientations, and each option once."""
     from impl.kernels.apply import apply, unpack
-    from impl.kernels.prepare import Source, largest, prepare
+    from impl.kernels.prepare import Source, prepare
     from impl.kernels.variance import variance
 
     table, pointers, code = torch.zeros(1, 5).long(), torch.zeros(16).long(), torch.zeros((), dtype=torch.uint8)
@@ -70,8 +70,7 @@ def by_entry() -> None:
     cases += [(torch.float32, torch.float32, False, False, True, None)]
     for (weight, gradient, *options, grad_scale), (rows, columns) in product(cases, [(64, 128), (128, 64)]):
         source = Source(table, pointers, 1, rows, columns, weight, gradient, *options, hyper, grad_scale)
-        largest(source, found)
-        prepare(source, found, X)
+        prepare(source, found, found, X)
         if source.momentum:
             apply(source, X, code, 1.0)
             apply(source, X, code, 1.0, torch.ones(1, rows))

@@ -32,7 +32,7 @@ def general_kernel(
         if LARGEST:
             # The magnitude's bits order as the magnitudes do, with infinity and NaN above all.
             bits = D.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            tl.atomic_max(largest + matrix, tl.max(tl.reshape(bits, (ROWS * COLUMNS,)), 0))
+            tl.atomic_max(largest + matrix, tl.max(tl.reshape(bits, (ROWS * COLUMNS,)), 0), sem="relaxed")
         # In two halves: a whole tile in float16 would not fit beside the tiles that are being loaded.
         left, right = D.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         if TRANSPOSED:

@@ -187,7 +187,7 @@ def consumer(
         if LARGEST:
             # The magnitude's bits order as the magnitudes do, with infinity and NaN above all.
             bits = D.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-            gl.atomic_max(largest + matrix, gl.max(gl.max(bits, 1), 0))
+            gl.atomic_max(largest + matrix, gl.max(gl.max(bits, 1), 0), sem="relaxed")
         if FORM == "general":
             put_general(d, D, matrix, i, j, m, n, buffer, TRANSPOSED)
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from impl.kernels import iteration, places
 from impl.kernels.apply import unpack
-from impl.kernels.prepare import Source, largest, prepare
+from impl.kernels.prepare import Source, prepare
 from impl.layout import Section
 from impl.schedules import Schedule
 
@@ -37,7 +37,7 @@ def batch(
     arena = torch.empty(sum(sizes), dtype=torch.float16, device=device)
     memory, scratch = arena.split(sizes)
     pointers = torch.zeros(places.POINTERS, dtype=torch.int64, device=device)
-    flags = torch.zeros(2, B, dtype=torch.int32, device=device)
+    flags = torch.zeros(3, B, dtype=torch.int32, device=device)
     O = iteration.batch(memory, B, m, n)
     view = torch.empty(shape, device="meta").view(B, 1, 1, rows, columns)
     aligned = aligned and places.aligned(view, rows)
@@ -53,8 +53,9 @@ def batch(
         out = torch.empty(here.stop - first, rows, columns, dtype=dtype, device=device)
         outs.append((here, out))
         direct = out if iteration.direct(out) else None
-        X, each, _ = iteration.iteration(O[here], m, schedule, eps, scratch, *norms, *flags[:, here], out=direct)
-        launches += [largest(source, flags[0, here]), prepare(source, flags[0, here], X), *each]
+        largest, finite, guess = flags[:, here]
+        X, each, _ = iteration.iteration(O[here], m, schedule, eps, scratch, *norms, largest, finite, out=direct)
+        launches += [*prepare(source, largest, guess, X), *each]
         launches += [] if direct is not None else [unpack(O[here], out)]
     return Batch(arena, pointers, flags, outs, launches)
 
@@ -72,7 +73,8 @@ def orthogonalize(X: Tensor, schedule: Schedule, eps: float) -> Tensor:
         for here, part in these.outs:
             part.set_(out[here])
         places.point(these.pointers, [], [0, 0, X.data_ptr()])
-        these.flags.zero_()
+        these.flags[2].copy_(these.flags[0])
+        these.flags[:2].zero_()
         for run in these.launches:
             run()
         for _, part in these.outs:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From gradients and momenta to matrices ready for orthogonalization.
 
-Two passes, because float16 needs a scale that is known only when everything has been read: the first finds each
-matrix's largest magnitude; the second writes its update direction, brought by a power of two to [2^13, 2^14), as one wide
-matrix of a batch. Momenta are not written: whether the step is taken is not known yet, and `apply` can make them again.
+Float16 needs a scale that is known only when everything has been read: each matrix's update direction is written, as one wide
+matrix of a batch, with its largest magnitude brought by a power of two to [2^13, 2^14). A first launch does so with the
+power that the last call found, and finds the right one; a second launch does those matrices again that needed another.
+Momenta are not written: whether the step is taken is not known yet, and `apply` can make them again.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 from impl.kernels.launch import launch
 from impl.kernels.places import TILE, array, eights, programs, rows_of, tile_of, within
 
+STRIPS = 32  # programs for a matrix whose scale was guessed wrong
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -99,11 +101,14 @@ def power(x, exponent):
 
 
 @triton.jit
-def read(
-    places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
-    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ALIGNED: tl.constexpr,
+def prepare_tile(
+    matrix, t, exponent, places, pointers, hyper, grad_scale, X, parameters, rows, columns, height, stride,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """The update direction in a tile of a matrix, zero where there is none."""
+    """Write tile t of a matrix, times 2^exponent; the bits of its largest magnitude, infinity and NaN above all."""
+    below, beside = (rows, height) if TALL else (height, columns)
+    _, r, c = tile_of(t, below, beside, DOWN, ACROSS)
     index = tl.load(places + matrix.to(tl.int64) * 5)
     address = tl.load(pointers + 2 * parameters + index)
     G = array(address, GRADIENT, ALIGNED)
@@ -111,38 +116,8 @@ def read(
     at = rows_of(places, matrix, r, ALIGNED)[:, None] + c[None, :]
     inside = within(r, c, tl.where(address != 0, rows, 0), columns, ALIGNED)
     _, U = direction(G, M, at, inside, hyper, grad_scale, SCALED, MOMENTUM, NESTEROV)
-    return U
-
-
-@triton.jit(do_not_specialize=["parameters", "rows", "columns"])
-def largest_kernel(
-    places, pointers, hyper, grad_scale, largest, parameters, rows, columns,
-    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """Raise a matrix's `largest` to the bits of the largest magnitude in a tile; infinity and NaN order above all."""
-    matrix, r, c = tile_of(tl.program_id(0), rows, columns, DOWN, ACROSS)
-    U = read(
-        places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
-        GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED,
-    )  # fmt: skip
-    tl.atomic_max(largest + matrix, tl.max(tl.max(U.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0))
-
-
-@triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride"])
-def prepare_kernel(
-    places, pointers, hyper, grad_scale, largest, X, parameters, rows, columns, height, stride,
-    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of X, whose matrices have `height` rows, `stride` apart; those beyond the matrix become zero."""
-    below, beside = (rows, height) if TALL else (height, columns)
-    matrix, r, c = tile_of(tl.program_id(0), below, beside, DOWN, ACROSS)
-    U = read(
-        places, pointers, hyper, grad_scale, matrix, r, c, parameters, rows, columns,
-        GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED,
-    )  # fmt: skip
-    U = power(U, shift(tl.load(largest + matrix))).to(tl.float16)
+    largest = tl.max(tl.max(U.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+    U = power(U, exponent).to(tl.float16)
     stride = eights(stride)
     X += matrix.to(tl.int64) * height * stride
     written = within(r, c, below, beside, ALIGNED)
@@ -150,28 +125,56 @@ def prepare_kernel(
         tl.store(X + c[:, None].to(tl.int64) * stride + r[None, :], U.T, mask=written.T)
     else:
         tl.store(X + r[:, None].to(tl.int64) * stride + c[None, :], U, mask=written)
+    return largest
 
 
-def largest(source: Source, out: Tensor) -> Callable[[], None]:
-    """A launch that raises `out` (B,) int32, zeros at first, to the bits of each matrix's largest magnitude."""
-    shape = dict(DOWN=64, ACROSS=128)
-    number = programs(len(source.places), source.rows, source.columns, **shape)
-    arguments = {**source.arguments(), **shape, "largest": out}
-    return launch(largest_kernel, number, arguments, num_warps=8, enable_fp_fusion=False)
+@triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride", "tiles"])
+def prepare_kernel(
+    places, pointers, hyper, grad_scale, largest, guess, X, parameters, rows, columns, height, stride, tiles,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """One program writes a tile of X, scaled as `guess` says, and raises the matrix's `largest`."""
+    matrix = tl.program_id(0) // tiles
+    found = prepare_tile(
+        matrix, tl.program_id(0) % tiles, shift(tl.load(guess + matrix)), places, pointers, hyper, grad_scale, X,
+        parameters, rows, columns, height, stride,
+        GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED, DOWN, ACROSS, TALL,
+    )  # fmt: skip
+    tl.atomic_max(largest + matrix, found, sem="relaxed")
 
 
-def prepare(source: Source, largest: Tensor, X: Tensor) -> Callable[[], None]:
-    """A launch that writes the matrices into X.
+@triton.jit(do_not_specialize=["parameters", "rows", "columns", "height", "stride", "tiles", "strips"])
+def again_kernel(
+    places, pointers, hyper, grad_scale, largest, guess, X, parameters, rows, columns, height, stride, tiles, strips,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """`strips` programs for a matrix write it again if `guess` was wrong."""
+    matrix = tl.program_id(0) // strips
+    exponent = shift(tl.load(largest + matrix))
+    todo = tl.where(exponent == shift(tl.load(guess + matrix)), 0, tiles)
+    for t in tl.range(tl.program_id(0) % strips, todo, strips, num_stages=1):
+        prepare_tile(
+            matrix, t, exponent, places, pointers, hyper, grad_scale, X, parameters, rows, columns, height, stride,
+            GRADIENT, SCALED, MOMENTUM, NESTEROV, ALIGNED, DOWN, ACROSS, TALL,
+        )  # fmt: skip
+
+
+def prepare(source: Source, largest: Tensor, guess: Tensor, X: Tensor) -> list[Callable[[], None]]:
+    """Launches that write the matrices into X.
 
     Args:
-        largest: what the launch of that name has found.
+        largest: (B,) int32, zeros; raised to the bits of each matrix's largest magnitude; not finite if an entry is not.
+        guess: (B,) int32, any numbers: what `largest` was the last time. It makes a difference to the time only.
         X: (B, m, n) float16 with m >= min(rows, columns) and n = max(rows, columns); tall matrices come transposed.
     """
     tall = source.rows > source.columns
     height = X.shape[1]
-    sides = (source.rows, height) if tall else (height, source.columns)
-    number = programs(len(source.places), *sides, **TILE)
-    mine = {"largest": largest, "X": X, "height": height, "stride": X.stride(1), "TALL": tall}
+    tiles = programs(1, *((source.rows, height) if tall else (height, source.columns)), **TILE)
+    strips = min(tiles, STRIPS)
+    mine = dict(largest=largest, guess=guess, X=X, height=height, stride=X.stride(1), tiles=tiles, strips=strips, TALL=tall)
     arguments = {**source.arguments(), **TILE, **mine}
     warps = 4 if source.grad_scale is None else 8  # a division takes registers
-    return launch(prepare_kernel, number, arguments, num_warps=warps, enable_fp_fusion=False)
+    counts = {prepare_kernel: len(source.places) * tiles, again_kernel: len(source.places) * strips}
+    return [launch(each, count, arguments, num_warps=warps, enable_fp_fusion=False) for each, count in counts.items()]
