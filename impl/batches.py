@@ -24,7 +24,11 @@ States = Mapping[Tensor, Mapping[str, Tensor]]
 @lru_cache
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    return device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from impl.kernels import NEW_ENOUGH
+
+    return NEW_ENOUGH
 
 
 def planned(group: Mapping[str, Any]) -> list[Tensor]:

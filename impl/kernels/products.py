@@ -13,7 +13,7 @@ from impl.kernels.launch import launch, processors, tiles
 
 try:
     from impl.kernels import hopper
-except ImportError:  # Triton's Gluon, in which it is written, is younger than Triton
+except ImportError:  # Gluon, in which it is written, is experimental: it may move
     hopper = None  # type: ignore[assignment]
 
 SIDE, DEEP = 128, 64  # of hopper.py's tiles
