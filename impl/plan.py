@@ -144,11 +144,12 @@ class Plan:
 
     def prepare(self, state: States, grad_scale: Any) -> None:
         """MOM and ORTH of all matrices; `magnitudes` then tells what was finite. Writes nothing of the optimizer's."""
+        from impl.kernels.prepare import renew
+
         with torch.cuda.device(self.device):
             self._read(state, grad_scale)
             self.arena.untyped_storage().resize_(self.arena.numel() * 2)
-            self.flags[2].copy_(self.flags[0])
-            self.flags[:2].zero_()
+            renew(self.flags)
             for launches, Q in self.prepares:
                 orthogonalize(launches, Q)
 

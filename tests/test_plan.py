@@ -89,7 +89,9 @@ def weights(optimizer: Muon) -> list[Tensor]:
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
-def compare(take: Callable, build: Callable[[], Muon], gradients: Any, change: Change = nothing) -> Muon:
+def accept_same_steps(take: Callable, build: Callable[[], Muon], gradients: Any, change: Change = nothing) -> Muon:
+    """The steps of the kernels are those of the plain path; returns the optimizer that took them with kernels."""
+    __tracebackhide__ = True
     fast, slow = build(), build()
     before = weights(slow)
     take(False, slow, gradients, change)
@@ -104,7 +106,7 @@ def test_layouts(device, take, name, normuon):
     shape, layout = EVERY[name]
     shapes = [(shape, {"layout": layout}), (shape, {"layout": layout, "maximize": True, "nesterov": False})]
     gradients = random_gradients(shapes, 2 if INTERPRETED else 4)
-    compare(take, lambda: make(device, shapes, normuon_beta2=normuon), gradients)
+    accept_same_steps(take, lambda: make(device, shapes, normuon_beta2=normuon), gradients)
 
 
 @pytest.mark.parametrize("options", [{"nesterov": False, "maximize": True}, {"adjust_lr_fn": "match_rms_adamw", "eps": 1e-3}])
@@ -112,13 +114,13 @@ def test_layouts(device, take, name, normuon):
 def test_options(device, take, options, lr):
     shapes = [((24, 40), {}), ((40, 24), {"weight_decay": 0.0, "momentum": 0.5}), ((7,), {"algorithm": "adamw"})]
     lr = lr.to(device) if isinstance(lr, Tensor) else lr
-    compare(take, lambda: make(device, shapes, lr=lr, **options), random_gradients(shapes, 2))
+    accept_same_steps(take, lambda: make(device, shapes, lr=lr, **options), random_gradients(shapes, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_of_every_dtype(device, take, dtype):
     shapes = [((24, 40), {}), ((33, 17), {})]
-    compare(take, lambda: make(device, shapes, dtype), random_gradients(shapes, 2))
+    accept_same_steps(take, lambda: make(device, shapes, dtype), random_gradients(shapes, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -136,7 +138,7 @@ def test_gradients_of_another_dtype(device, take, dtype):
     def change(optimizer: Muon, step: int) -> None:
         optimizer.param_groups[0]["params"][0].grad = tensor((8, 8), step).to(device, dtype)
 
-    compare(take, build, [[None], [None]], change)
+    accept_same_steps(take, build, [[None], [None]], change)
 
 
 def test_missing_and_late_gradients(device, take):
@@ -144,7 +146,7 @@ def test_missing_and_late_gradients(device, take):
     gradients = random_gradients(shapes, 4)
     for step, i in ((0, 0), (1, 0), (1, 3), (2, 1), (3, 2)):
         gradients[step][i] = None
-    compare(take, lambda: make(device, shapes), gradients)
+    accept_same_steps(take, lambda: make(device, shapes), gradients)
 
 
 @pytest.mark.parametrize("scale", [3.0])
@@ -155,7 +157,7 @@ def test_the_loss_scale(device, take, scale):
         optimizer.grad_scale = torch.tensor(scale, device=device)
         optimizer.found_inf = torch.tensor(float(step == 1), device=device)
 
-    fast = compare(take, lambda: make(device, shapes), random_gradients(shapes), change)
+    fast = accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes), change)
     assert fast.skipped["found_inf"] == 1
 
 
@@ -170,7 +172,7 @@ def test_options_that_change_between_steps(device, take):
         ]  # fmt: skip
         group.update(news[step])
 
-    compare(take, lambda: make(device, shapes), random_gradients(shapes, 7), change)
+    accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 7), change)
 
 
 @pytest.fixture

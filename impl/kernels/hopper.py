@@ -31,10 +31,11 @@ load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
-TILE, HALF, DEPTH = gl.constexpr(128), gl.constexpr(64), gl.constexpr(64)
-BYTES = gl.constexpr(2 * 128 * 64)  # of an operand in a stage
+SIDE, DEEP = 128, 64  # of a tile, and of the sum at a time
+TILE, HALF, DEPTH = gl.constexpr(SIDE), gl.constexpr(SIDE // 2), gl.constexpr(DEEP)
+BYTES = gl.constexpr(2 * SIDE * DEEP)  # of an operand in a stage
 STAGES = gl.constexpr(5)  # as many as fit beside the results
-LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # of sums in registers
+LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16]))  # of sums in registers
 # The registers of a thread, in the second consumer and in the loader: with the first, what a multiprocessor has.
 REGISTERS = gl.constexpr([232, 40])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from impl.kernels import scales as scale
-from impl.kernels.launch import UNIT, tiles, tiles_for
+from impl.kernels.launch import UNIT, tiles, tiles_for, triangle
 from impl.kernels.products import Products, products
 from impl.schedules import Quintic, Schedule
 
@@ -71,8 +71,7 @@ def chunk(B: int, m: int, n: int) -> int:
 
 def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the norms of B Gram matrices, by tile, and for what comes of them: `shares` and `scales`."""
-    strips = padded(m) // tiles_for(device).product.rows
-    shares = torch.empty(B, strips * (strips + 1) // 2, device=device)
+    shares = torch.empty(B, triangle(padded(m), tiles_for(device).product.rows), device=device)
     return shares, torch.ones(scale.ROWS, B, device=device)
 
 

@@ -78,3 +78,8 @@ def describe(X: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def tiles(n: int, size: int) -> int:
     """How many tiles of `size` cover n."""
     return triton.cdiv(n, size)
+
+
+def triangle(m: int, size: int) -> int:
+    """How many tiles of size x size are on or above the diagonal of an m x m matrix; `size` divides m."""
+    return m // size * (m // size + 1) // 2

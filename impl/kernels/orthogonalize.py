@@ -10,7 +10,7 @@ from torch import Tensor
 
 from impl.kernels import iteration, places
 from impl.kernels.apply import unpack
-from impl.kernels.prepare import Source, prepare
+from impl.kernels.prepare import Source, prepare, renew
 from impl.layout import Section
 from impl.schedules import Schedule
 
@@ -73,8 +73,7 @@ def orthogonalize(X: Tensor, schedule: Schedule, eps: float) -> Tensor:
         for here, part in these.outs:
             part.set_(out[here])
         places.point(these.pointers, [], [0, 0, X.data_ptr()])
-        these.flags[2].copy_(these.flags[0])
-        these.flags[:2].zero_()
+        renew(these.flags)
         for run in these.launches:
             run()
         for _, part in these.outs:

@@ -161,6 +161,15 @@ def again_kernel(
         )  # fmt: skip
 
 
+def renew(flags: Tensor) -> None:
+    """Make the `largest` of the last call the guess of the next: of flags (3, B), rows are `largest`, `finite`, and `guess`.
+
+    `finite` is what `iteration` takes by that name.
+    """
+    flags[2].copy_(flags[0])
+    flags[:2].zero_()
+
+
 def prepare(source: Source, largest: Tensor, guess: Tensor, X: Tensor) -> list[Callable[[], None]]:
     """Launches that write the matrices into X.
 

@@ -8,13 +8,14 @@ that they commute. float16 in and out, float32 sums.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from impl.kernels.launch import describe, launch, processors, tiles_for
+from impl.kernels.launch import describe, launch, processors, tiles_for, triangle
 
 
 @triton.jit
@@ -96,6 +97,20 @@ def product_kernel(
         d.store([top + row, row], tl.where(inside[:, None] <= inside[None, :], D16, D16.T))
 
 
+def options(
+    alphas: Tensor,
+    alpha: float = 1.0,
+    quadratic: tuple[Tensor, float, float] | None = None,
+    squares: Tensor | None = None,
+    trace: Tensor | None = None,
+) -> dict[str, Any]:
+    """What a kernel is told of the arguments of `square`, beside the matrices."""
+    betas, beta, gamma = quadratic or (alphas, 0.0, 0.0)
+    shares = next((T for T in (squares, trace) if T is not None), alphas)
+    which = dict(QUADRATIC=quadratic is not None, SQUARES=squares is not None, TRACE=trace is not None)
+    return dict(alphas=alphas, betas=betas, shares=shares, alpha=alpha, beta=beta, gamma=gamma, **which)
+
+
 def square(
     A: Tensor,
     D: Tensor,
@@ -115,37 +130,25 @@ def square(
         squares, trace: (B, t) float32, where to put each computed tile's share of D's sum of squares, or of its trace;
             t = s (s + 1) / 2 for s tiles below each other.
     """
-    betas, beta, gamma = quadratic or (alphas, 0.0, 0.0)
-    shares = squares if trace is None else trace
     tile = tiles_for(D.device).quadratic if quadratic else tiles_for(D.device).product
-    strips = D.shape[1] // tile.rows
     arguments = dict(
+        **options(alphas, alpha, quadratic, squares, trace),
         a=describe(A, tile.rows, tile.depth),
         c=describe(A, tile.rows, tile.rows) if quadratic else None,
         d=describe(D, tile.rows, tile.rows),
-        alphas=alphas,
-        betas=betas,
-        shares=alphas if shares is None else shares,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
         batch=len(D),
         m=D.shape[1],
         depth=A.shape[2],
-        QUADRATIC=quadratic is not None,
-        SQUARES=squares is not None,
-        TRACE=trace is not None,
         TILE=tile.rows,
         DEPTH=tile.depth,
     )
-    programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
+    programs = min(len(D) * triangle(D.shape[1], tile.rows), processors(D.device))
     return launch(square_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor) -> Callable[[], None]:
     """A launch of D = alpha A B for symmetric A and B that commute; shapes and arguments as in `square`."""
     tile = tiles_for(D.device).product
-    strips = D.shape[1] // tile.rows
     arguments = dict(
         a=describe(A, tile.rows, tile.depth),
         b=describe(B, tile.rows, tile.depth),
@@ -156,7 +159,7 @@ def product(A: Tensor, B: Tensor, D: Tensor, alphas: Tensor) -> Callable[[], Non
         TILE=tile.rows,
         DEPTH=tile.depth,
     )
-    programs = min(len(D) * strips * (strips + 1) // 2, processors(D.device))
+    programs = min(len(D) * triangle(D.shape[1], tile.rows), processors(D.device))
     return launch(product_kernel, programs, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
