@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "clause(id, ...): the clauses of SPEC.md that a test holds the target to")
+    config.addinivalue_line("markers", "dist: a test on several ranks")
     config.addinivalue_line("markers", "suite: a test of the suite itself, not of a target")
     try:
         config.stash[TARGET] = load(str(config.getoption("--target")))

@@ -20,6 +20,7 @@ HYPER = Hyper(
     adjust_lr_fn="original",
     algorithm="muon",
     layout=None,
+    shard_mode="owned",
     normuon_beta2=None,
     adamw_lr_ratio=1.0,
     adamw_betas=(0.9, 0.95),

@@ -38,6 +38,7 @@ class Hyper:
     adjust_lr_fn: str | None
     algorithm: str
     layout: dict[str, Any] | None
+    shard_mode: str
     normuon_beta2: float | None
     adamw_lr_ratio: float
     adamw_betas: tuple[float, float]
@@ -61,8 +62,11 @@ class Target(Protocol):
         """ORTH on (m, n) or (B, m, n)."""
         ...
 
-    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
-        """An optimizer with one group, which skips a step if any rank of the process group would."""
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None, replicas: Any = None) -> Optimizer:
+        """An optimizer with one group, which skips a step if any rank of the process group would.
+
+        Parameters may be DTensors; if not, they are the same on all ranks of the process group `replicas`.
+        """
         ...
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:

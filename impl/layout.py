@@ -75,7 +75,7 @@ def check_layout(layout: Layout, shape: Sequence[int], name: str) -> None:
         refuse("more than three dimensions need flatten=True (convolutions)")
     if len(shape) == 3 and not layout.flatten and layout.blocks % max(shape[0], 1):
         refuse(f"blocks should be a multiple of the first dimension, {shape[0]}, but is {layout.blocks}")
-    rows, columns = _rows_columns(layout, shape)
+    rows, columns = rows_columns(layout, shape)
     if rows % (layout.blocks * layout.groups):
         refuse(f"{rows} rows cannot be cut into {layout.blocks} blocks of {layout.groups} groups")
     if columns % layout.columns:
@@ -90,7 +90,7 @@ def check_layout(layout: Layout, shape: Sequence[int], name: str) -> None:
 
 def cut(layout: Layout, T: Tensor) -> list[tuple[Section, Tensor]]:
     """The sections of a contiguous T as views of shape (blocks, columns, groups, rows, n), in order."""
-    rows, columns = _rows_columns(layout, T.shape)
+    rows, columns = rows_columns(layout, T.shape)
     run = rows // (layout.blocks * layout.groups)
     runs = T.view(layout.blocks, layout.groups, run, layout.columns, columns // layout.columns)
     runs = runs.permute(0, 3, 1, 2, 4)
@@ -106,7 +106,8 @@ def matrices(section: Section, view: Tensor) -> Tensor:
     return view.reshape(blocks * columns * groups * rows // section.head_dim, section.head_dim, n)
 
 
-def _rows_columns(layout: Layout, shape: Sequence[int]) -> tuple[int, int]:
+def rows_columns(layout: Layout, shape: Sequence[int]) -> tuple[int, int]:
+    """A parameter of this shape as one matrix of rows."""
     if layout.flatten:
         return shape[0], math.prod(shape[1:])
     return math.prod(shape[:-1]), shape[-1]

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from impl.layout import Layout
-from impl.options import algorithms, check_options, check_parameters, names
+from impl.options import OPTIONS, algorithms, check_options, check_parameters, names
 from impl.plan import Plan, plans
 from impl.report import report
 from impl.schedules import Coefficients
+from impl.sharded import Sharded, shardings, shared
 from impl.skip import REASONS, Guard, nonfinite
 from impl.stages import Prepared, apply, gradient, prepare
 from impl.state import check_step, new_state, plain, restore, whole
@@ -45,12 +46,16 @@ class Muon(Optimizer):
             which lets Muon share AdamW's learning rate and decay.
         algorithm: "muon" or "adamw".
         layout: the matrices inside each parameter of the group, a `Layout`; None for the parameter as one matrix.
+        shard_mode: what is done with a matrix that lies on several ranks (DTensor): "owned", one of them orthogonalizes it and
+            gives the parts back; "duplicated", each of them does; "distributed", all together, and no rank holds it whole;
+            "blockwise", each its own part as if that were the matrix, which is another optimizer.   [SPEC: DIST]
         normuon_beta2: decay rate of the mean squares by which NorMuon evens out rows, 0.95 in its paper; None for Muon.
         adamw_lr_ratio: AdamW steps with lr * adamw_lr_ratio, so that one scheduler moves both.
         adamw_betas, adamw_eps: AdamW's.
         maximize: ascend instead of descend.
         skip_nonfinite: take no step in which anything is not finite; `skipped` counts them.   [SPEC: SKIP]
-        process_group: the ranks that take or skip a step together; None for this process alone.
+        process_group: the ranks that take or skip a step together; None for those on which parameters lie.
+        replicas: the ranks that hold the same parameters and gradients, as under DistributedDataParallel, and share the work.
         dump_nonfinite: path of a file for what the first such step was made of (torch.save; with a process group, one for
             each rank that had a part in it); every step then waits for the device.
 
@@ -84,6 +89,7 @@ class Muon(Optimizer):
         *,
         algorithm: str = "muon",
         layout: Layout | None = None,
+        shard_mode: str = "owned",
         normuon_beta2: float | None = None,
         adamw_lr_ratio: float = 1.0,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
@@ -91,28 +97,13 @@ class Muon(Optimizer):
         maximize: bool = False,
         skip_nonfinite: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        replicas: dist.ProcessGroup | None = None,
         dump_nonfinite: str | os.PathLike[str] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "algorithm": algorithm,
-            "layout": layout,
-            "normuon_beta2": normuon_beta2,
-            "adamw_lr_ratio": adamw_lr_ratio,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "maximize": maximize,
-        }
+        defaults = {option: value for option, value in locals().items() if option in OPTIONS}
         check_options(defaults)
-        self.guard = Guard(skip_nonfinite, process_group, dump_nonfinite)
-        self.plans: dict[torch.device, Plan] = {}
+        self.guard = Guard(skip_nonfinite, process_group, replicas, dump_nonfinite)
+        self.plans: dict[Any, Plan | Sharded] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,6 +113,7 @@ class Muon(Optimizer):
             group = self.param_groups[-1]
             check_options(group)
             check_parameters(group, len(self.param_groups) - 1)
+            self.guard.join(group["params"])
             group.setdefault("skip_grad_norm_clip", algorithms(group) == {"muon"})
         except Exception:
             self.param_groups.pop()
@@ -152,14 +144,18 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         ready = self._ready()
-        if ready:
-            self._init_state()
         scale = getattr(self, "grad_scale", None)
-        self.plans = plans(self.plans, self.param_groups if ready else [], self.state, scale is not None)
+        apart = shared(self.param_groups, self.guard.replicas)
+        if ready or apart:
+            self._init_state()
+        groups = self.param_groups if ready else []
+        self.plans = plans(self.plans, groups, self.state, scale is not None, apart) | shardings(
+            self.plans, self.param_groups, apart
+        )
         for plan in self.plans.values():
             plan.prepare(self.state, scale)
         mine = {p for plan in self.plans.values() for _, p in plan.entries}
-        rest = [(group, p, G) for group, p, G in ready if p not in mine or "step" in self.state[p]]
+        rest = [(group, p, G) for group, p, G in ready if p not in apart and (p not in mine or "step" in self.state[p])]
         prepared = [prepare(group, p, self.state[p], G(), self.guard.skip_nonfinite, p in mine) for group, p, G in rest]
         code = self._decide(prepared)
         if self.guard.wants_dump(code):

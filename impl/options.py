@@ -10,13 +10,15 @@ from torch import Tensor
 
 from impl.layout import ALGORITHMS, Layout, check_layout
 from impl.schedules import schedule
+from impl.shards import SHARD_MODES, check_shards
 
 SCALES = (None, "original", "match_rms_adamw")
 SMALLEST = 2.0**-126  # float32's smallest normal number
 # Every option of a group.
 OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn",
-    "algorithm", "layout", "normuon_beta2", "adamw_lr_ratio", "adamw_betas", "adamw_eps", "maximize", "skip_grad_norm_clip",
+    "algorithm", "layout", "shard_mode", "normuon_beta2", "adamw_lr_ratio", "adamw_betas", "adamw_eps", "maximize",
+    "skip_grad_norm_clip",
 )  # fmt: skip
 
 
@@ -69,8 +71,9 @@ def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
         raise ValueError(
             f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; adjust_lr_fn is one of {SCALES}"
         )
-    if group["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"algorithm should be one of {ALGORITHMS} but is: {group['algorithm']!r}")
+    for option, choices in (("algorithm", ALGORITHMS), ("shard_mode", SHARD_MODES)):
+        if group[option] not in choices:
+            raise ValueError(f"{option} should be one of {choices} but is: {group[option]!r}")
     betas = group["adamw_betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not pair or not all(isinstance(beta, Real) and 0.0 <= float(beta) < 1.0 for beta in betas):
@@ -88,6 +91,8 @@ def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
 
 def check_parameters(group: Mapping[str, Any], index: int) -> None:
     """Raise ValueError if a parameter of group number `index` cannot be stepped with its algorithm and layout."""
+    if group["normuon_beta2"] is not None and group["shard_mode"] in ("distributed", "blockwise"):
+        raise ValueError(f"normuon_beta2 needs whole matrices, with shard_mode='owned', but that is {group['shard_mode']!r}")
     if len({id(p) for p in group["params"]}) != len(group["params"]):
         raise ValueError(f"group {index} holds a parameter twice and would step it twice: {names(group, index)}")
     for name, p in zip(names(group, index), group["params"], strict=True):
@@ -102,3 +107,7 @@ def check_parameters(group: Mapping[str, Any], index: int) -> None:
                 f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()} ({name}). Put it in "
                 "a group with algorithm='adamw' or a layout (experts, convolutions); impl.param_groups(model) does both"
             )
+        try:
+            check_shards(p, Layout.of(group["layout"]), group["shard_mode"])
+        except ValueError as error:
+            raise ValueError(f"parameter {name} of shape {tuple(p.shape)} cannot be stepped where it lies: {error}") from error

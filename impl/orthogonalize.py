@@ -41,20 +41,25 @@ def orthogonalize(X: Tensor, ns_coefficients: Coefficients = "polar_express_s4",
         raise TypeError(f"X should be real floating point but is {X.dtype}")
     if X.numel() == 0:
         return X.clone()
-    batch = X.detach() if X.ndim == 3 else X.detach()[None]
+    return orthogonalize_batch(X.detach() if X.ndim == 3 else X.detach()[None], plan, eps).view(X.shape)
+
+
+def orthogonalize_batch(X: Tensor, plan: Schedule, eps: float) -> Tensor:
+    """ORTH on (B, m, n) that is not empty, by kernels where they run."""
     if usable(X.device) and X.dtype in DTYPES:
         from impl.kernels.orthogonalize import orthogonalize as fast
 
-        return fast(batch, plan, float(eps)).view(X.shape)
+        return fast(X, plan, float(eps))
     with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
-        return _orthogonalize(batch, plan, eps).to(X.dtype).view(X.shape)
+        return _orthogonalize(X, plan, eps).to(X.dtype)
 
 
 def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:
-    """ORTH on (B, m, n), in float32, or in float64 for float64."""
+    """The same in float32, or in float64 for float64, by products alone."""
     tall = X.shape[-2] > X.shape[-1]
     X = (X.mT if tall else X).to(torch.float64 if X.dtype == torch.float64 else torch.float32)
-    X, lift, factor = _unit_scale(X)
+    lift, factor = unit_scale(X.abs().amax(dim=(-2, -1), keepdim=True))
+    X = (X * lift) * factor
     # One by one, each in memory of its own: a library picks the kernel of a batched product by the batch's size, and a
     # matrix inside a batch is aligned otherwise than alone, so its bits would depend on its company (ORTH-7).
     alone = [x.clone(memory_format=torch.contiguous_format) for x in X]
@@ -66,11 +71,11 @@ def _orthogonalize(X: Tensor, plan: Schedule, eps: float) -> Tensor:
     norm = (norm.maximum((eps * lift * factor).flatten()) if eps else norm) * plan.margin
     # A norm of NaN stays NaN, and with it the matrix: it must not come out as a harmless zero.
     k = torch.where(norm == 0, norm, 1 / norm)
-    done = [_iterate(x * k, A * (k * k), plan.coefficients) for x, A, k in zip(alone, gram, k, strict=True)]
+    done = [iterate(x * k, A * (k * k), plan.coefficients) for x, A, k in zip(alone, gram, k, strict=True)]
     return torch.stack([x.mT for x in done] if tall else done)
 
 
-def _iterate(X: Tensor, A: Tensor, coefficients: tuple[Quintic, ...]) -> Tensor:
+def iterate(X: Tensor, A: Tensor, coefficients: tuple[Quintic, ...]) -> Tensor:
     """Apply the quintics, first to last, to X (m, n), whose Gram matrix is A."""
     for step, (a, b, c) in enumerate(coefficients):
         if step:
@@ -80,16 +85,14 @@ def _iterate(X: Tensor, A: Tensor, coefficients: tuple[Quintic, ...]) -> Tensor:
     return X
 
 
-def _unit_scale(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply each matrix by a power of two, given as two factors, so that its largest magnitude lies in [2, 4).
+def unit_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """A power of two, as two factors, that brings matrices of these largest magnitudes to where theirs are in [2, 4).
 
     Both factors are needed: the inverse of a subnormal scale overflows, so small matrices are lifted first. Every entry
     is rounded at most once, and only where it falls below the range next to the largest; so X and 2^k X lose alike.
     """
-    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
     one = torch.ones_like(largest)
-    lift = torch.where(largest < 1, torch.full_like(largest, torch.finfo(X.dtype).tiny ** -0.5), one)
+    lift = torch.where(largest < 1, torch.full_like(largest, torch.finfo(largest.dtype).tiny ** -0.5), one)
     largest = torch.where(largest == 0, one, largest * lift)
     # mantissa / largest is an exact power of two; 4 times that is never subnormal, whatever the hardware does with those.
-    factor = 4 * (torch.frexp(largest).mantissa / largest)
-    return (X * lift) * factor, lift, factor
+    return lift, 4 * (torch.frexp(largest).mantissa / largest)

@@ -5,7 +5,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,16 +27,16 @@ def orthogonalize(launches: Sequence[Callable[[], None]], Q: Tensor) -> None:
 
 
 def plans(
-    old: Mapping[torch.device, "Plan"], groups: Sequence[Mapping[str, Any]], state: States, scaled: bool
+    old: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], state: States, scaled: bool, apart: Collection[Tensor]
 ) -> dict[torch.device, "Plan"]:
-    """A plan for each device, the old one where it fits.
+    """A plan for each device, the old one where it fits, for parameters that are not `apart`.
 
     Parameters without a gradient are in it too, if they have a state: gradients come and go.
     """
     entries = defaultdict(list)
     for group in groups:
         for p in planned(group):
-            if state.get(p):
+            if state.get(p) and p not in apart:
                 entries[p.device].append((group, p))
     new = {}
     for device, those in entries.items():

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from impl.shards import group_of
+
 # What a step can come to, as the number on the device: the largest that any parameter or rank has decides.
 TAKEN, ORTHOGONALIZATION, GRADIENT, FOUND_INF = range(4)
 REASONS = {"orthogonalization": ORTHOGONALIZATION, "gradient": GRADIENT, "found_inf": FOUND_INF}
@@ -115,12 +117,19 @@ class Guard:
     `dump` is the path for what the first failure was made of, None once that is written.
     """
 
-    def __init__(self, skip_nonfinite: bool, process_group: dist.ProcessGroup | None, dump: str | os.PathLike[str] | None):
+    def __init__(
+        self,
+        skip_nonfinite: bool,
+        process_group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None,
+        dump: str | os.PathLike[str] | None,
+    ) -> None:
         if not isinstance(skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite should be True or False but is: {skip_nonfinite!r}")
         if dump is not None and not Path(dump).absolute().parent.is_dir():
             raise ValueError(f"dump_nonfinite should be a path in a directory that exists but is: {os.fspath(dump)}")
-        self.skip_nonfinite, self.process_group, self.dump = skip_nonfinite, process_group, dump
+        self.skip_nonfinite, self.process_group, self.replicas, self.dump = skip_nonfinite, process_group, replicas, dump
+        self.given = process_group is not None
         self.tally = Tally("Muon", FAILURES, 1 + len(REASONS))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
@@ -128,6 +137,21 @@ class Guard:
         twin = copy(self)
         twin.tally = deepcopy(self.tally, memo)
         return twin
+
+    def join(self, parameters: Sequence[Tensor]) -> None:
+        """Decide with all ranks on which these lie; ValueError if they cannot be one process group's.   [SPEC: DIST-6]"""
+        for p in parameters:
+            group = group_of(p, self.replicas)
+            if group is None or group is self.process_group:
+                continue
+            new, known = (set(dist.get_process_group_ranks(g)) if g else set() for g in (group, self.process_group))
+            if new > known and not self.given:
+                self.process_group = group
+            elif not new <= known:
+                raise ValueError(
+                    f"a parameter lies on the ranks {sorted(new)}, and the optimizer's steps are decided by the ranks "
+                    f"{sorted(known)}; give it a process_group of all ranks that should step together"
+                )
 
     def decide(
         self, states: Sequence[Tensor], updates: Sequence[Tensor], found_inf: Tensor | float | None, device: torch.device

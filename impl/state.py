@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer
 
 from impl.layout import Layout
@@ -43,7 +44,20 @@ def form(group: Mapping[str, Any], key: str, p: Tensor) -> tuple[torch.Size, tor
 def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
     """A parameter's state before its first step: zeros."""
     forms = {key: form(group, key, p) for key in state_keys(group)}
-    return {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, device) in forms.items()}
+    return {key: _zeros(key, shape, dtype, device, p) for key, (shape, dtype, device) in forms.items()}
+
+
+def _zeros(key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, p: Tensor) -> Tensor:
+    if key == "step" or not isinstance(p, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    placements, size = p.placements, p.to_local().shape
+    if key == "variance_buffer":  # its rows lie where the parameter's do, and on all ranks that share them
+        rows = range(len(shape) - 1)
+        placements = [place if getattr(place, "dim", None) in rows else Replicate() for place in placements]
+        size = (*size[: len(shape) - 1], shape[-1])
+    zeros = torch.zeros(size, dtype=dtype, device=device)
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(zeros, p.device_mesh, placements, run_check=False, shape=shape, stride=whole.stride())
 
 
 def check_step(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -169,6 +169,7 @@ def test_defaults_are_torchs_but_for_what_the_readme_says():
     changed = {"ns_coefficients": "polar_express_s4", "eps": 0.0}
     added = {"algorithm": "muon", "layout": None, "adamw_lr_ratio": 1.0, "adamw_betas": (0.9, 0.95), "adamw_eps": 1e-8}
     added |= {"normuon_beta2": None, "maximize": False, "skip_nonfinite": True, "process_group": None, "dump_nonfinite": None}
+    added |= {"shard_mode": "owned", "replicas": None}
     assert mine == torchs | changed | added
     assert defaults(orthogonalize) == {"ns_coefficients": "polar_express_s4", "ns_steps": 5, "eps": 0.0}
 

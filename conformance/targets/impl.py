@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 import impl
 import impl.plan
+import impl.sharded
 import impl.stages
 from conformance.target import Hyper, Named, Norms, watching
 from impl.batches import usable
@@ -31,8 +32,8 @@ class Target:
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
         return impl.orthogonalize(X, schedule, steps, eps)
 
-    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
-        return impl.Muon(named, process_group=process_group, **self._options(hyper))
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None, replicas: Any = None) -> Optimizer:
+        return impl.Muon(named, process_group=process_group, replicas=replicas, **self._options(hyper))
 
     def group(self, named: Named, hyper: Hyper) -> dict[str, Any]:
         options = self._options(hyper)
@@ -70,8 +71,13 @@ class Target:
             last()
 
         batched = impl.plan.orthogonalize
-        with watching(impl.stages, "orthogonalize", poison) as shapes, mock.patch.object(impl.plan, "orthogonalize", watched):
+        with (
+            watching(impl.stages, "orthogonalize", poison) as shapes,
+            watching(impl.sharded, "orthogonalize", poison) as on_ranks,
+            mock.patch.object(impl.plan, "orthogonalize", watched),
+        ):
             yield shapes
+            shapes += on_ranks
 
     def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
         return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 import reference
@@ -25,8 +26,8 @@ class Target:
     def orthogonalize(self, X: Tensor, schedule: Any, steps: int, eps: float) -> Tensor:
         return reference.orthogonalize(X, reference.schedule(schedule, steps), eps).to(X.dtype)
 
-    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
-        if process_group is not None:
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None, replicas: Any = None) -> Optimizer:
+        if process_group is not None or replicas is not None or any(isinstance(p, DTensor) for _, p in named):
             raise Unsupported("the reference has one process")
         return reference.Muon(named, **self._options(hyper))
 
@@ -65,6 +66,8 @@ class Target:
     def _options(self, hyper: Hyper) -> dict[str, Any]:
         options = dict(vars(hyper))
         options["ns_coefficients"], options["ns_steps"] = options.pop("schedule"), options.pop("steps")
+        if options.pop("shard_mode") == "blockwise":
+            raise Unsupported("the reference has one process")
         return options
 
 

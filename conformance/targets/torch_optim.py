@@ -27,8 +27,8 @@ class Target:
         # It divides in place, on a copy only where the dtype is not bfloat16 already.
         return _muon._zeropower_via_newtonschulz(X, _triple(schedule), steps, eps or _muon.EPS).to(X.dtype)
 
-    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None) -> Optimizer:
-        if process_group is not None:
+    def optimizer(self, named: Named, hyper: Hyper, process_group: Any = None, replicas: Any = None) -> Optimizer:
+        if process_group is not None or replicas is not None:
             raise Unsupported("its ranks cannot decide together")
         return torch.optim.Muon(named, **self._options(hyper))
 
@@ -68,6 +68,8 @@ class Target:
         raise Unsupported("it has no report")
 
     def _options(self, hyper: Hyper) -> dict[str, Any]:
+        if hyper.shard_mode != "owned":
+            raise Unsupported("it knows nothing of ranks")
         if hyper.algorithm != "muon" or hyper.layout is not None or hyper.maximize or hyper.normuon_beta2 is not None:
             raise Unsupported("it has neither layouts, nor AdamW, nor NorMuon, nor maximize")
         return {

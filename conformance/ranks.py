@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking steps on several ranks: threads of this process, which cost little, or processes of their own."""
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.testing._internal.distributed import multi_threaded_pg as threaded
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance import accept
+from conformance.strategies import HYPER, tensor
+from conformance.target import Hyper, Target
+
+TIMEOUT = timedelta(seconds=30)
+PLACEMENTS = {"R": Replicate(), "P": Partial(), **{f"S{dim}": Shard(dim) for dim in range(4)}}
+Part = tuple[Tensor, tuple[slice, ...]]  # of a tensor, and where it is in that
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its shape and the options of its group that differ from the case's."""
+
+    shape: tuple[int, ...]
+    layout: dict[str, Any] | None = None
+    algorithm: str = "muon"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some steps of some parameters on a mesh of ranks."""
+
+    mesh: tuple[int, ...]
+    placements: tuple[str, ...]  # keys of PLACEMENTS, one for each dimension of the mesh; none for plain tensors on `replicas`
+    weights: tuple[Weight, ...]
+    hyper: Hyper = HYPER
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    steps: int = 2
+    missing: frozenset[tuple[int, int, int]] = frozenset()  # (step, rank, weight) without a gradient
+    poison: frozenset[tuple[int, int, int]] = frozenset()  # (step, rank, weight) whose gradient holds a NaN
+    partial: bool = False  # whether gradients come as sums over the mesh's last dimension
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.mesh)
+
+
+@dataclass
+class Outcome:
+    """What became of a rank: its parts of weights and states by name, its counters, and its collectives."""
+
+    parts: dict[str, Part]
+    skipped: dict[str, int]
+    log: list[tuple[str, int]]
+
+
+class Log(TorchDispatchMode):
+    """Lists the collectives that run inside, and their bytes; of real process groups, not of threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = torch.utils._pytree.tree_leaves(args)
+            self.found.append((func.__name__, sum(T.nbytes for T in tensors if isinstance(T, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The results of function(rank, *arguments) on ranks that are threads."""
+    threaded.ProcessLocalGroup.reset()
+    threaded._install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    store, results, errors = dist.HashStore(), [None] * size, []
+
+    def run(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
+            results[rank] = function(rank, *arguments)
+        except BaseException as error:  # SystemExit ends the others
+            errors.append(error)
+            threaded.ProcessLocalGroup.exception_handle(error)
+        finally:
+            dist.destroy_process_group()
+
+    try:
+        each = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+        for thread in each:
+            thread.start()
+        for thread in each:
+            thread.join()
+    finally:
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        threaded._uninstall_threaded_pg()
+    if errors:
+        raise next((error for error in errors if not isinstance(error, SystemExit)), errors[0])
+    return results
+
+
+def processes(size: int, store: Path, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The results of function(rank, *arguments) on ranks that are processes, with a GPU each if `device` is "cuda"."""
+    mp.spawn(_process, (size, str(store), device, function, arguments), nprocs=size)  # type: ignore[attr-defined]
+    return [torch.load(f"{store}.{rank}", weights_only=False) for rank in range(size)]
+
+
+def _process(rank: int, size: int, store: str, device: str, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": size, "timeout": TIMEOUT}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **options)
+    torch.save(function(rank, *arguments), f"{store}.{rank}.tmp")
+    os.replace(f"{store}.{rank}.tmp", f"{store}.{rank}")
+    dist.destroy_process_group()
+
+
+def spread(T: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """This rank's part of T as a DTensor, without a collective."""
+    at = where(T.shape, mesh, placements)
+    own = T[at].clone().to(mesh.device_type)
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=T.shape, stride=T.stride())
+
+
+def where(shape: torch.Size, mesh: DeviceMesh, placements: Any) -> tuple[slice, ...]:
+    """Where this rank's part is."""
+    size, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
+
+
+def part(T: Tensor) -> Part:
+    if isinstance(T, DTensor):
+        return T.detach().to_local().cpu().clone(), where(T.shape, T.device_mesh, T.placements)
+    return T.detach().cpu().clone(), ()
+
+
+def options(case: Case, weight: Weight) -> Hyper:
+    return replace(case.hyper, layout=weight.layout, algorithm=weight.algorithm)
+
+
+def weight(case: Case, i: int) -> Tensor:
+    return tensor(case.weights[i].shape, case.seed + i, case.dtype)
+
+
+def gradient(case: Case, step: int, i: int) -> Tensor:
+    return tensor(case.weights[i].shape, case.seed + 100 * (step + 1) + i, case.dtype)
+
+
+def construct(target: Target, case: Case, values: list[Tensor], replicas: Any = None) -> tuple[list[nn.Parameter], Any]:
+    """Parameters with these values, and an optimizer with a group for each."""
+    named = [(f"w{i}", nn.Parameter(W)) for i, W in enumerate(values)]
+    optimizer = target.optimizer(named[:1], options(case, case.weights[0]), None, replicas)
+    for each, kind in zip(named[1:], case.weights[1:], strict=True):
+        optimizer.add_param_group(target.group([each], options(case, kind)))
+    return [p for _, p in named], optimizer
+
+
+def alone(target: Target, case: Case, device: Any = "cpu") -> Outcome:
+    """The case in one process, which holds everything: a gradient is missing if it is on all ranks."""
+    parameters, optimizer = construct(target, case, [weight(case, i).to(device) for i in range(len(case.weights))])
+    for step in range(case.steps):
+        for i, p in enumerate(parameters):
+            G = gradient(case, step, i)
+            for rank in range(case.size):
+                at = _at(case, rank, p.shape)
+                G[at] = torch.where(torch.tensor((step, rank, i) in case.missing), 0.0, G[at])
+                G[at] = torch.where(torch.tensor((step, rank, i) in case.poison), float("nan"), G[at])
+            gone = all((step, rank, i) in case.missing for rank in range(case.size))
+            p.grad = None if gone else G.to(device)
+        optimizer.step()
+    return outcome(target, parameters, optimizer, [])
+
+
+def _at(case: Case, rank: int, shape: torch.Size) -> tuple[slice, ...]:
+    """Where a rank's part is, without the rank."""
+    at = [slice(0, n) for n in shape]
+    coordinates = [rank // math.prod(case.mesh[d + 1 :]) % case.mesh[d] for d in range(len(case.mesh))]
+    for placement, count, coordinate in zip(case.placements, case.mesh, coordinates, strict=bool(case.placements)):
+        if placement.startswith("S"):
+            dim = int(placement[1:])
+            first, length = at[dim].start, at[dim].stop - at[dim].start
+            chunk = -(-length // count)
+            at[dim] = slice(first + min(length, chunk * coordinate), first + min(length, chunk * (coordinate + 1)))
+    return tuple(at)
+
+
+def together(rank: int, target: Target, case: Case, device: str = "cpu", factor: float = 1.0) -> Outcome:
+    """The case on this rank, with gradients times a factor."""
+    values = [weight(case, i) for i in range(len(case.weights))]
+    log = Log()
+    with nullcontext() if dist.get_backend() == "threaded" else log:
+        if case.placements:
+            mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
+            placements = [PLACEMENTS[name] for name in case.placements]
+            parameters, optimizer = construct(target, case, [spread(W, mesh, placements) for W in values])
+        else:
+            parameters, optimizer = construct(target, case, [W.to(device) for W in values], dist.group.WORLD)
+        log.found.clear()
+        for step in range(case.steps):
+            for i, p in enumerate(parameters):
+                p.grad = None if (step, rank, i) in case.missing else _gradient(case, step, i, p, rank) * factor
+            optimizer.step()
+    return outcome(target, parameters, optimizer, log.found)
+
+
+def _gradient(case: Case, step: int, i: int, p: Tensor, rank: int) -> Tensor:
+    G = gradient(case, step, i)
+    if not isinstance(p, DTensor):
+        G[...] = torch.where(torch.tensor((step, rank, i) in case.poison), float("nan"), G)
+        return G.to(p.device)
+    G = spread(G, p.device_mesh, list(p.placements))
+    if (step, rank, i) in case.poison:
+        G.to_local().fill_(float("nan"))
+    if case.partial and p.placements[-1].is_replicate():
+        share = G.to_local() * (p.device_mesh.get_coordinate() or [0])[-1]  # of 0 and 1
+        return DTensor.from_local(share, p.device_mesh, [*p.placements[:-1], Partial()], run_check=False)
+    return G
+
+
+def outcome(target: Target, parameters: list[nn.Parameter], optimizer: Any, log: list[tuple[str, int]]) -> Outcome:
+    parts = {f"w{i}": part(p) for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        parts |= {f"w{i}.{key}": part(T) for key, T in sorted(optimizer.state.get(p, {}).items())}
+    return Outcome(parts, target.skipped(optimizer) if target.skips else {}, list(log))
+
+
+def assemble(found: list[Outcome], name: str, shape: torch.Size) -> Tensor:
+    """A tensor from all ranks' parts, of which copies must agree to the bit.   [SPEC: DIST-4]"""
+    __tracebackhide__ = True
+    T, seen = found[0].parts[name][0].new_zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    for each in found:
+        own, at = each.parts[name]
+        if not at or own.shape == shape:
+            at = tuple(slice(0, n) for n in shape)
+        if seen[at].any():
+            accept.same_bits(actual=own[seen[at]], expected=T[at][seen[at]])
+        T[at], seen[at] = own, True
+    assert seen.all(), f"no rank has some part of {name}"
+    return T

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the parts of matrices travel to the ranks that orthogonalize them, and back.   [SPEC: DIST-1]
+
+Matrices of one shape travel together, in rounds: one all-to-all there and one back, either left out where nothing would
+travel. A part is a block of a buffer: as many rows as the matrix, laid on its side if that makes it wide, has in this part,
+each of a multiple of 8 numbers; then, for NorMuon, the averages of the parameter's rows.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from impl.gram import orthogonalize_parts
+from impl.schedules import Schedule
+from impl.shards import Boxes, Matrix, Rect, assign, restrict
+
+ROUND = 2**27  # entries of matrices that a rank orthogonalizes in a round, unless a matrix has more
+
+
+class Key(NamedTuple):
+    """What the matrices of a round have in common: all that matters to their orthogonalization, `shard_mode`, the size m x n
+    or n x m, m <= n, and whether anything travels, there and back."""
+
+    schedule: Schedule
+    eps: float
+    normuon_beta2: float | None
+    dtype: torch.dtype
+    mode: str
+    m: int = 0
+    n: int = 0
+    there: bool = True
+    back: bool = True
+
+
+class Job(NamedTuple):
+    """A matrix of parameter number `entry`, whose boxes are `held`, and the ranks that orthogonalize it."""
+
+    number: int
+    entry: int
+    matrix: Matrix
+    held: Boxes
+    owners: tuple[int, ...] = ()
+
+    @property
+    def tall(self) -> bool:
+        return self.matrix.rows > self.matrix.columns
+
+    def home(self, rank: int) -> int:
+        """Who gives a rank its part of the result."""
+        return rank if rank in self.owners else self.owners[0]
+
+    def sends(self, rank: int, owner: int) -> bool:
+        """Whether an owner has a rank's part from that rank: from itself, or else from one rank of its own replica."""
+        return owner in self.owners and self.held.sender(rank, owner) == rank
+
+
+class Block(NamedTuple):
+    """A part of a matrix in a buffer: `height` rows of `stride` numbers, then `averages` numbers, from `start` on."""
+
+    job: Job
+    rect: Rect
+    start: int
+    height: int
+    stride: int
+    averages: int
+
+    @property
+    def size(self) -> int:
+        return (self.height + -(-self.averages // self.stride)) * self.stride
+
+    def wide(self, buffer: Tensor) -> Tensor:
+        """The part as it lies there: of a matrix with no more rows than columns."""
+        width = self.rect.rows if self.job.tall else self.rect.columns
+        return buffer[self.start : self.start + self.height * self.stride].view(self.height, self.stride)[:, :width]
+
+    def entries(self, buffer: Tensor) -> Tensor:
+        """The part as it lies in the parameter."""
+        return self.wide(buffer).mT if self.job.tall else self.wide(buffer)
+
+    def average(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
+        """The averages of its rows: (rows, 1) of the variance buffer's dtype."""
+        start = self.start + self.height * self.stride
+        return buffer[start : start + self.averages].view(dtype).view(-1, 1)
+
+    def place(self, X: Tensor) -> Tensor:
+        """Where the part is in its matrix, (m, n)."""
+        row, column, rows, columns = self.rect[:4]
+        if self.job.tall:
+            row, column, rows, columns = column, row, columns, rows
+        return X[row : row + rows, column : column + columns]
+
+
+Parts = list[list[tuple[Job, Rect]]]  # for each rank, those that go to it or come from it
+Goes = Callable[[Job, int], bool]  # whether a matrix concerns a rank
+
+
+class Side:
+    """The blocks of one buffer, those of each rank together, and how many numbers each rank's are."""
+
+    def __init__(self, parts: Parts, averages: int) -> None:
+        self.blocks: list[Block] = []
+        self.sizes: list[int] = []
+        self.size = 0
+        for parts_of_rank in parts:
+            before = self.size
+            for job, rect in parts_of_rank:
+                height, width = (rect.columns, rect.rows) if job.tall else (rect.rows, rect.columns)
+                block = Block(job, rect, self.size, height, max(8, -(-width // 8) * 8), averages * rect.rows)
+                self.blocks.append(block)
+                self.size += block.size
+            self.sizes.append(self.size - before)
+
+
+class Round:
+    """Matrices that are orthogonalized at the same time, by as many ranks as own some of them.
+
+    `held` are the blocks of this rank's parts by who gives them back; `sent`, of those that it sends; `got`, of what comes
+    to it; `given`, of what it gives back; `mine`, the matrices that it orthogonalizes, in the order of its batch.
+    """
+
+    def __init__(self, key: Key, jobs: Sequence[Job], me: int, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self.key, self.jobs, self.group, self.me, self.dtype = key, jobs, group, me, dtype
+        self.mine = [job for job in jobs if me in job.owners]
+        self.index = {job.number: b for b, job in enumerate(self.mine)}
+        ranks = range(dist.get_world_size(group))
+        averages = 0 if key.normuon_beta2 is None else key.dtype.itemsize // dtype.itemsize
+
+        def side(those: Sequence[Job], goes: Goes, whose: Callable[[int], int], rows: bool) -> Side:
+            def parts(r: int) -> list[tuple[Job, Rect]]:
+                found = [(job, x) for job in those if goes(job, r) for x in job.held.of(job.matrix, whose(r), rows)]
+                # Equal parts next to each other, so that they can be moved together.
+                return sorted(found, key=lambda each: (each[1].rows, each[1].columns))
+
+            return Side([parts(r) for r in ranks], averages)
+
+        def sends(job: Job, rank: int, owner: int) -> bool:
+            return rank == owner and owner in job.owners if key.mode == "distributed" else job.sends(rank, owner)
+
+        # Averages go back to all ranks that hold the row, also to those that hold none of its columns.
+        self.held = side(jobs, lambda job, r: job.home(me) == r, lambda r: me, averages > 0)
+        self.sent = side(jobs, lambda job, r: sends(job, me, r), lambda r: me, False)
+        self.got = side(self.mine, lambda job, r: sends(job, r, me), lambda r: r, False)
+        self.given = side(self.mine, lambda job, r: job.home(r) == me, lambda r: r, averages > 0)
+        at = {(block.job.number, block.rect): block for block in self.held.blocks}
+        pairs = [(at[block.job.number, block.rect], block) for block in self.sent.blocks]
+        # Where nobody holds a copy, what is sent lies in the held buffer as it should.
+        self.packing = [] if all(source.start == target.start for source, target in pairs) else pairs
+
+    def send(self, held: Tensor) -> tuple[Tensor, dist.Work | None]:
+        """Send this rank's parts to the matrices' owners: what comes here, once the work is done."""
+        sent = held[: self.sent.size]
+        if self.packing:
+            sent = held.new_empty(self.sent.size)
+            for source, target in self.packing:
+                sent[target.start : target.start + target.size] = held[source.start : source.start + source.size]
+        got = held.new_empty(self.got.size)
+        return got, self._exchange(self.key.there, sent, self.sent, got, self.got)
+
+    def give(self, given: Tensor, held: Tensor) -> dist.Work | None:
+        """Give the parts of the results back; they are in `held` once the work is done."""
+        return self._exchange(self.key.back, given, self.given, held, self.held)
+
+    def _exchange(self, travels: bool, source: Tensor, left: Side, target: Tensor, right: Side) -> dist.Work | None:
+        if travels:
+            return dist.all_to_all_single(target, source, right.sizes, left.sizes, group=self.group, async_op=True)
+        target.copy_(source)
+        return None
+
+    def orthogonalize_parts(self, got: Tensor) -> list[Tensor]:
+        """The orthogonalized parts of this rank in matrices that are nowhere whole, in the order of `got`."""
+        across = {job.number: job.held.cut_rows(job.matrix) for job in self.jobs}
+        pieces: dict[int, list[Tensor]] = {job.number: [] for job in self.jobs}
+        for block in self.got.blocks:
+            X, number = block.entries(got), block.job.number
+            pieces[number].append(X.mT if across[number] else X)
+        lengths = [job.matrix.columns if across[job.number] else job.matrix.rows for job in self.jobs]
+        parts = [
+            torch.cat([got.new_empty(k, 0), *pieces[job.number]], dim=1) for job, k in zip(self.jobs, lengths, strict=True)
+        ]
+        counted = [job.held.first(self.me) for job in self.jobs]
+        done = orthogonalize_parts(parts, counted, self.key.schedule, self.key.eps, self.group)
+        apart = {
+            job.number: iter(O.split([X.shape[1] for X in pieces[job.number]], dim=1))
+            for job, O in zip(self.jobs, done, strict=True)
+            if pieces[job.number]
+        }
+        found = [(block.job.number, next(apart[block.job.number])) for block in self.got.blocks]
+        return [O.mT if across[number] else O for number, O in found]
+
+
+def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessGroup, dtype: torch.dtype | None) -> list[Round]:
+    """The rounds in which matrices, each with its parameter's number and what ranks hold of that, are orthogonalized.
+
+    Parts travel in `dtype`, or else in the key's. The result depends on nothing but what all ranks know.
+    """
+    world, me = dist.get_world_size(group), dist.get_rank(group)
+    jobs: list[tuple[Key, Job]] = []
+    for entry, matrix, held, key in found:
+        if key.mode == "blockwise":
+            for piece, ranks in held.copies.items():
+                if (block := restrict(matrix, piece)) is not None:
+                    jobs.append((key, Job(len(jobs), entry, block, held, tuple(ranks))))
+        else:
+            jobs.append((key, Job(len(jobs), entry, matrix, held)))
+    everyone = range(world)
+    holders = [job.held.holders(job.matrix, key.normuon_beta2 is not None) for key, job in jobs]
+    covers = [job.held.covers(job.matrix) for _, job in jobs]
+    free = [i for i, (key, _) in enumerate(jobs) if key.mode == "owned"]
+    costs = [m * n * min(m, n) for i in free for m, n in [jobs[i][1].matrix.size]]
+    owners = dict(zip(free, assign(costs, [covers[i] or everyone for i in free], world), strict=True))
+    batches: dict[Key, list[Job]] = defaultdict(list)
+    for i, (key, job) in enumerate(jobs):
+        those = (owners[i],) if i in owners else job.owners or tuple(holders[i])
+        if key.mode == "distributed" and covers[i] == holders[i]:
+            key = key._replace(mode="duplicated")  # whole wherever it is
+        there = key.mode != "distributed" and not set(those) <= set(covers[i])
+        m, n = sorted(job.matrix.size)
+        key = key._replace(m=m, n=n, there=there, back=not set(holders[i]) <= set(those))
+        batches[key].append(job._replace(owners=those))
+    return [
+        Round(key, each, me, group, dtype or key.dtype)
+        for key, these in sorted(batches.items(), key=lambda item: item[0].m * item[0].n * len(item[1]))
+        for each in _portions(key, these)
+    ]
+
+
+def _portions(key: Key, jobs: Sequence[Job]) -> list[list[Job]]:
+    """A batch in as many rounds as keep every owner's matrices within ROUND."""
+    by_owner: dict[Any, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_owner[job.owners].append(job)
+    capacity = max(1, ROUND // (key.m * key.n))
+    number = max(-(-len(each) // capacity) for each in by_owner.values())
+    portions: list[list[Job]] = [[] for _ in range(number)]
+    for each in by_owner.values():
+        for k, portion in enumerate(portions):
+            portion += each[len(each) * k // number : len(each) * (k + 1) // number]
+    return portions
