@@ -1,32 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking steps on several ranks: threads of this process, which cost little, or processes of their own."""
+"""Cases of parameters on several ranks, taken there and in one process. MESHES holds meshes and placements of every kind."""
 
 import math
-import os
-import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.testing._internal.distributed import multi_threaded_pg as threaded
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance import accept
+from conformance.steps import expected
 from conformance.strategies import HYPER, tensor
 from conformance.target import Hyper, Target
+from conformance.worlds import Log, threads
 
-TIMEOUT = timedelta(seconds=30)
 PLACEMENTS = {"R": Replicate(), "P": Partial(), **{f"S{dim}": Shard(dim) for dim in range(4)}}
+MESHES = {
+    "1 rank": ((1,), ("S0",)),
+    "2 by rows": ((2,), ("S0",)),
+    "2 by columns": ((2,), ("S1",)),
+    "3 by rows": ((3,), ("S0",)),
+    "3 by columns": ((3,), ("S1",)),
+    "4 by rows": ((4,), ("S0",)),
+    "4 by columns": ((4,), ("S1",)),
+    "4 copies": ((4,), ("R",)),
+    "4 replicas": ((4,), ()),
+    "8 by rows": ((8,), ("S0",)),
+    "2x2 by rows, copied": ((2, 2), ("R", "S0")),
+    "2x2 by rows and columns": ((2, 2), ("S0", "S1")),
+    "2x2 by columns and rows": ((2, 2), ("S1", "S0")),
+    "2x2 by rows twice": ((2, 2), ("S0", "S0")),
+    "2x3 by columns, copied": ((2, 3), ("R", "S1")),
+    "2x2x2 by rows, copied, by columns": ((2, 2, 2), ("S0", "R", "S1")),
+}
 Part = tuple[Tensor, tuple[slice, ...]]  # of a tensor, and where it is in that
 
 
@@ -66,68 +77,6 @@ class Outcome:
     parts: dict[str, Part]
     skipped: dict[str, int]
     log: list[tuple[str, int]]
-
-
-class Log(TorchDispatchMode):
-    """Lists the collectives that run inside, and their bytes; of real process groups, not of threads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = torch.utils._pytree.tree_leaves(args)
-            self.found.append((func.__name__, sum(T.nbytes for T in tensors if isinstance(T, Tensor))))
-        return func(*args, **(kwargs or {}))
-
-
-def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of function(rank, *arguments) on ranks that are threads."""
-    threaded.ProcessLocalGroup.reset()
-    threaded._install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    store, results, errors = dist.HashStore(), [None] * size, []
-
-    def run(rank: int) -> None:
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
-            results[rank] = function(rank, *arguments)
-        except BaseException as error:  # SystemExit ends the others
-            errors.append(error)
-            threaded.ProcessLocalGroup.exception_handle(error)
-        finally:
-            dist.destroy_process_group()
-
-    try:
-        each = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-        for thread in each:
-            thread.start()
-        for thread in each:
-            thread.join()
-    finally:
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-        threaded._uninstall_threaded_pg()
-    if errors:
-        raise next((error for error in errors if not isinstance(error, SystemExit)), errors[0])
-    return results
-
-
-def processes(size: int, store: Path, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of function(rank, *arguments) on ranks that are processes, with a GPU each if `device` is "cuda"."""
-    mp.spawn(_process, (size, str(store), device, function, arguments), nprocs=size)  # type: ignore[attr-defined]
-    return [torch.load(f"{store}.{rank}", weights_only=False) for rank in range(size)]
-
-
-def _process(rank: int, size: int, store: str, device: str, function: Callable[..., Any], arguments: Any) -> None:
-    torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    options = {"init_method": f"file://{store}", "rank": rank, "world_size": size, "timeout": TIMEOUT}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", **options)
-    torch.save(function(rank, *arguments), f"{store}.{rank}.tmp")
-    os.replace(f"{store}.{rank}.tmp", f"{store}.{rank}")
-    dist.destroy_process_group()
 
 
 def spread(T: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
@@ -199,18 +148,21 @@ def _at(case: Case, rank: int, shape: torch.Size) -> tuple[slice, ...]:
     return tuple(at)
 
 
+def begin(target: Target, case: Case, device: str) -> tuple[list[nn.Parameter], Any]:
+    """This rank's parameters and optimizer."""
+    values = [weight(case, i) for i in range(len(case.weights))]
+    if not case.placements:
+        return construct(target, case, [W.to(device) for W in values], dist.group.WORLD)
+    mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
+    placements = [PLACEMENTS[name] for name in case.placements]
+    return construct(target, case, [spread(W, mesh, placements) for W in values])
+
+
 def together(rank: int, target: Target, case: Case, device: str = "cpu", factor: float = 1.0) -> Outcome:
     """The case on this rank, with gradients times a factor."""
-    values = [weight(case, i) for i in range(len(case.weights))]
+    parameters, optimizer = begin(target, case, device)
     log = Log()
     with nullcontext() if dist.get_backend() == "threaded" else log:
-        if case.placements:
-            mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
-            placements = [PLACEMENTS[name] for name in case.placements]
-            parameters, optimizer = construct(target, case, [spread(W, mesh, placements) for W in values])
-        else:
-            parameters, optimizer = construct(target, case, [W.to(device) for W in values], dist.group.WORLD)
-        log.found.clear()
         for step in range(case.steps):
             for i, p in enumerate(parameters):
                 p.grad = None if (step, rank, i) in case.missing else _gradient(case, step, i, p, rank) * factor
@@ -218,18 +170,28 @@ def together(rank: int, target: Target, case: Case, device: str = "cpu", factor:
     return outcome(target, parameters, optimizer, log.found)
 
 
+def clipped(rank: int, target: Target, case: Case, device: str, clip_norm: str) -> tuple[list[Tensor | None], list[Part]]:
+    """The norms and this rank's parts of the gradients of a first step after these have been clipped."""
+    parameters, optimizer = begin(target, case, device)
+    found = [_gradient(case, 0, i, p, rank) for i, p in enumerate(parameters)]
+    for p, G in zip(parameters, found, strict=True):
+        p.grad = G
+    norms = target.clip(optimizer, 3.0, clip_norm, 0.0)
+    return [None if N is None else N.cpu() for N in norms], list(map(part, found))
+
+
 def _gradient(case: Case, step: int, i: int, p: Tensor, rank: int) -> Tensor:
     G = gradient(case, step, i)
     if not isinstance(p, DTensor):
         G[...] = torch.where(torch.tensor((step, rank, i) in case.poison), float("nan"), G)
         return G.to(p.device)
-    G = spread(G, p.device_mesh, list(p.placements))
+    D: Any = spread(G, p.device_mesh, list(p.placements))
     if (step, rank, i) in case.poison:
-        G.to_local().fill_(float("nan"))
+        D.to_local().fill_(float("nan"))
     if case.partial and p.placements[-1].is_replicate():
-        share = G.to_local() * (p.device_mesh.get_coordinate() or [0])[-1]  # of 0 and 1
+        share = D.to_local() * (p.device_mesh.get_coordinate() or [0])[-1]  # of 0 and 1
         return DTensor.from_local(share, p.device_mesh, [*p.placements[:-1], Partial()], run_check=False)
-    return G
+    return D
 
 
 def outcome(target: Target, parameters: list[nn.Parameter], optimizer: Any, log: list[tuple[str, int]]) -> Outcome:
@@ -252,3 +214,20 @@ def assemble(found: list[Outcome], name: str, shape: torch.Size) -> Tensor:
         T[at], seen[at] = own, True
     assert seen.all(), f"no rank has some part of {name}"
     return T
+
+
+def accept_as_alone(target: Target, device: torch.device, case: Case, bits: bool) -> None:
+    """All ranks' parts together are what one process has: to the bit, states included, or as far as the reference's step."""
+    __tracebackhide__ = True
+    found = threads(case.size, together, target, case, device.type)
+    one = alone(target, case, device)
+    for name, (T, _) in one.parts.items():
+        whole = assemble(found, name, T.shape)
+        if bits:
+            accept.same_bits(actual=whole, expected=T)
+        elif "." not in name:
+            i = int(name[1:])
+            before, precision = weight(case, i), target.precision(case.dtype, device)
+            steps = [[gradient(case, step, i)] for step in range(case.steps)]
+            hyper = replace(case.hyper, layout=case.weights[i].layout, algorithm=case.weights[i].algorithm)
+            accept.step(before=before, actual=whole, expected=expected([before], steps, hyper)[0], precision=precision)

@@ -2,9 +2,10 @@
 """Muon for people who train models: a drop-in for torch.optim.Muon that SPEC.md defines exactly."""
 
 from impl.chain import ChainedOptimizer
-from impl.clipping import GradNorms, clip_grad_norm_
+from impl.clipping import clip_grad_norm_
 from impl.layout import Layout, Section
 from impl.muon import Muon
+from impl.norms import GradNorms
 from impl.orthogonalize import orthogonalize
 from impl.routing import param_groups
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from impl.clipping import GradNorms, Leaf, check_policy, clipped, coefficient, device_of, grad_norms, gradients, leaves, scale
+from impl.clipping import check_policy, coefficient, scale
 from impl.muon import Muon
+from impl.norms import GradNorms, Leaf, clipped, device_of, grad_norms, gradients, leaves
 from impl.skip import Tally, agree, scalar
 
 

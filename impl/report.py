@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from impl.clipping import clipped
 from impl.layout import Layout, cut, matrices
+from impl.norms import clipped
 from impl.options import algorithms, lr_scale, names
 
 HEADER = ("parameter", "shape", "rule", "algorithm", "matrices", "learning rate", "clipped")

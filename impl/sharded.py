@@ -7,7 +7,6 @@ those of exchange.py's rounds. Of a round's two, the first travels while the rou
 second while the next one is.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from impl.layout import Layout
 from impl.options import lr_scale
 from impl.orthogonalize import orthogonalize_batch as orthogonalize
 from impl.schedules import schedule
-from impl.shards import Boxes, Matrix, Rect, group_of, local, matrices
+from impl.shards import Boxes, Matrix, Rect, group_of, local, matrices, rows
 from impl.skip import GRADIENT, ORTHOGONALIZATION, largest, scalar
 from impl.stages import adamw, momentum, normalize_rows, write
 from impl.state import state_dtype
@@ -43,12 +42,6 @@ def direction(group: Mapping[str, Any], p: Tensor, grad_scale: Tensor | float | 
     if grad_scale is not None:
         G = G / scalar(grad_scale, G.device)
     return -G if group["maximize"] else G
-
-
-def rows(layout: Layout, T: Tensor) -> Tensor:
-    """A rank's part as a matrix of rows."""
-    height = T.shape[0] if layout.flatten else math.prod(T.shape[:-1])
-    return T.view(height, T.numel() // height if height else 0)
 
 
 def shared(groups: Sequence[Mapping[str, Any]], replicas: dist.ProcessGroup | None) -> dict[Tensor, dist.ProcessGroup]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which part of which matrix every rank holds, and who is to orthogonalize it; nothing here communicates.   [SPEC: DIST]"""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -40,8 +41,8 @@ class Matrix(NamedTuple):
 
 
 class Box(NamedTuple):
-    """What a rank holds of a parameter of stacks of `height` rows: in the stacks from `first` to `last`, the rows from `top` to
-    `bottom`, and of those the columns from `left` to `right`. Most parameters are one stack."""
+    """Of a parameter's stacks of `height` rows, those from `first` to `last`; of these the rows from `top` to `bottom`, and the
+    columns from `left` to `right`. Most parameters are one stack."""
 
     height: int
     first: int
@@ -132,14 +133,10 @@ def part(matrix: Matrix, held: Box | None, rows: bool = False) -> list[Rect]:
     if held is None:
         return []
     left, right = max(matrix.left, held.left), min(matrix.left + matrix.columns, held.right)
-    if left < right:
-        place = (left - matrix.left, right - left, left - held.left)
-    elif rows:
-        place = (0, 0, 0)
-    else:
+    if left >= right and not rows:
         return []
-    column, columns, at = place
-    return [Rect(row, column, count, columns, above, at) for row, _, count, above in _overlaps(matrix, held)]
+    place = (left - matrix.left, right - left, left - held.left) if left < right else (0, 0, 0)
+    return [Rect(row, place[0], count, place[1], above, place[2]) for row, _, count, above in _overlaps(matrix, held)]
 
 
 def restrict(matrix: Matrix, held: Box) -> Matrix | None:
@@ -153,11 +150,24 @@ def check_shards(p: Tensor, layout: Layout, mode: str) -> None:
     """Raise ValueError unless a parameter's placements and its group's shard_mode fit.   [SPEC: DIST-10]"""
     if isinstance(p, DTensor):
         if any(place.is_partial() for place in p.placements):
-            raise ValueError(f"a weight cannot be a sum over ranks, found placements {p.placements}")
-        ranks = p.device_mesh.mesh.flatten().tolist()
-        held = Boxes(p, layout, ranks)
+            raise ValueError(f"a weight cannot be a sum over ranks, found {p.placements}")
+        held = Boxes(p, layout, p.device_mesh.mesh.flatten().tolist())
         for matrix in matrices(layout, p.shape) if mode == "distributed" else ():
             held.cut_rows(matrix)
+
+
+def rows(layout: Layout, T: Tensor) -> Tensor:
+    """A rank's part as a matrix of rows."""
+    height = T.shape[0] if layout.flatten else math.prod(T.shape[:-1])
+    return T.view(height, T.numel() // height if height else 0)
+
+
+def own_sections(p: DTensor, layout: Layout, T: Tensor) -> list[tuple[str, Tensor]]:
+    """The parts of this rank's part of p, each with its algorithm."""
+    ranks = p.device_mesh.mesh.flatten().tolist()
+    held, me = Boxes(p, layout, ranks), ranks.index(dist.get_rank())
+    every = matrices(layout, p.shape)
+    return [(matrix.section.algorithm, rect.of(rows(layout, T))) for matrix in every for rect in held.of(matrix, me)]
 
 
 @lru_cache

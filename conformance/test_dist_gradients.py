@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DIST on threads: gradients that are missing, summed, poisoned or clipped, and what is refused."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from conformance import accept
+from conformance.ranks import (
+    MESHES,
+    Case,
+    Weight,
+    accept_as_alone,
+    alone,
+    assemble,
+    clipped,
+    construct,
+    gradient,
+    spread,
+    together,
+    weight,
+)
+from conformance.strategies import HYPER, MIXED, tensor
+from conformance.target import Target
+from conformance.worlds import threads
+
+pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")]
+
+
+@pytest.mark.clause("DIST-5", "STEP-2")
+@given(
+    mesh=st.sampled_from([((3,), ("S0",)), ((4,), ("S1",)), ((2, 2), ("S0", "S1"))]),
+    gone=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2)), max_size=30),
+    everywhere=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=5),
+)
+def test_a_missing_gradient_is_zero_unless_it_is_missing_everywhere(target: Target, device, mesh, gone, everywhere):
+    missing = gone | {(step, rank, i) for step, i in everywhere for rank in range(4)}
+    weights = (Weight((8, 12)), Weight((12, 8)), Weight((6, 6), None, "adamw"))
+    case = Case(*mesh, weights, steps=3, missing=frozenset(missing))
+    accept_as_alone(target, device, case, bits=True)
+
+
+@pytest.mark.clause("DIST-5")
+@pytest.mark.parametrize("mesh", [((2,), ("R",)), ((2, 2), ("S0", "R"))], ids=["2", "2x2"])
+def test_a_gradient_that_has_to_be_summed(target: Target, device, mesh):
+    accept_as_alone(target, device, Case(*mesh, (Weight((8, 12)), Weight((12, 8))), partial=True), bits=True)
+
+
+@pytest.mark.clause("DIST-6", "SKIP-1", "SKIP-8")
+@pytest.mark.parametrize(
+    "mesh, mode",
+    [
+        *[
+            (mesh, "owned")
+            for mesh in ("2 by rows", "3 by columns", "4 by rows", "4 copies", "4 replicas", "2x2 by rows, copied")
+        ],
+        *[("2 by rows", mode) for mode in ("owned", "duplicated", "distributed", "blockwise")],
+    ],
+)
+def test_a_poisoned_rank_stops_all(skipping: Target, device, mesh, mode):
+    """Every subset of ranks is struck."""
+    shape, placements = MESHES[mesh]
+    size = Case(shape, placements, ()).size
+    weights = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((6, 6)))
+    clean = Case(shape, placements, weights, replace(HYPER, shard_mode=mode), steps=3)
+    without = replace(clean, missing=frozenset((1, rank, i) for rank in range(size) for i in range(3)))
+    should = {
+        struck: threads(size, together, skipping, each, device.type) for struck, each in ((False, clean), (True, without))
+    }
+    for count in range(size + 1):
+        for struck in itertools.combinations(range(size), count):
+            case = replace(clean, poison=frozenset((1, rank, (rank + count) % 3) for rank in struck))
+            found = threads(size, together, skipping, case, device.type)
+            for each, other in zip(found, should[bool(struck)], strict=True):
+                assert accept.equal(each.skipped, {**other.skipped, "gradient": int(bool(struck))})
+                for name, (T, _) in other.parts.items():
+                    accept.same_bits(actual=each.parts[name][0], expected=T)
+
+
+@pytest.mark.clause("DIST-6", "SKIP-2")
+@pytest.mark.parametrize("mesh", ["2 by rows", "4 by columns", "4 replicas", "2x2 by rows, copied"])
+def test_an_orthogonalization_that_fails_stops_all(skipping: Target, device, mesh):
+    case = Case(*MESHES[mesh], (Weight((8, 12)), Weight((6, 6)), Weight((5, 3), None, "adamw")), steps=1)
+    with skipping.orthogonalizing(float("nan")):
+        found = threads(case.size, together, skipping, case, device.type)
+        one = alone(skipping, case, device)
+    for name, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
+    assert accept.equal([each.skipped for each in found], [one.skipped] * case.size)
+
+
+@pytest.mark.clause("DIST-7", "CLIP-4")
+@pytest.mark.parametrize("clip_norm", ["own", "global"])
+@pytest.mark.parametrize("mesh", [mesh for mesh, (_, placements) in MESHES.items() if placements])
+def test_norms_are_of_whole_gradients(target: Target, device, mesh, clip_norm):
+    weights = (
+        Weight((8, 12), None, "adamw"),
+        Weight((3, 5)),
+        Weight(*MIXED["gated delta net"]),
+        Weight((20, 3), None, "adamw"),
+    )
+    case = Case(*MESHES[mesh], weights)
+    parameters, optimizer = construct(target, case, [weight(case, i).to(device) for i in range(len(weights))])
+    for i, p in enumerate(parameters):
+        p.grad = gradient(case, 0, i).to(device)
+    norms = target.clip(optimizer, 3.0, clip_norm, 0.0)
+    for found, parts in threads(case.size, clipped, target, case, device.type, clip_norm):
+        for ours, one in zip(found, norms, strict=True):
+            accept.close(actual=ours, expected=one, dtype=torch.float32)
+        for p, (own, at) in zip(parameters, parts, strict=True):
+            accept.close(actual=own, expected=p.grad.cpu()[at], dtype=torch.float32)
+
+
+@pytest.mark.clause("DIST-10")
+def test_what_cannot_be_stepped_is_refused(validating: Target, device):
+    def build(rank: int, kind: str) -> None:
+        mesh = DeviceMesh(device.type, torch.arange(4).view(2, 2), mesh_dim_names=("a", "b"))
+        if kind == "partial":
+            p = DTensor.from_local(torch.zeros(4, 6, device=device), mesh, [Shard(0), Partial()], run_check=False)
+            accept.refuses(lambda: construct(validating, Case((), (), (Weight((4, 6)),)), [p]), ValueError, "w0", "sum")
+            return
+        p = spread(tensor((4, 6), 0), mesh, [Shard(0), Shard(1)])
+        if kind == "cut in two":
+            case = Case((), (), (Weight((4, 6)),), replace(HYPER, shard_mode="distributed"))
+            accept.refuses(lambda: construct(validating, case, [p]), ValueError, "w0", "distributed")
+        if kind == "convolution":
+            q = spread(tensor((4, 3, 2, 2), 0), mesh, [Shard(0), Shard(2)])
+            case = Case((), (), (Weight((4, 3, 2, 2), {"flatten": True}),))
+            accept.refuses(lambda: construct(validating, case, [q]), ValueError, "w0", "flatten")
+        if kind == "outside":
+            mine = mesh["a"].get_group()
+            accept.refuses(
+                lambda: validating.optimizer([("w0", torch.nn.Parameter(p))], HYPER, mine), ValueError, "process_group"
+            )
+
+    for kind in ("partial", "cut in two", "convolution", "outside"):
+        threads(4, build, kind)
