@@ -79,7 +79,7 @@ class Outcome:
     log: list[tuple[str, int]]
 
 
-def spread(T: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+def spread(T: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Any:
     """This rank's part of T as a DTensor, without a collective."""
     at = where(T.shape, mesh, placements)
     own = T[at].clone().to(mesh.device_type)
@@ -94,7 +94,8 @@ def where(shape: torch.Size, mesh: DeviceMesh, placements: Any) -> tuple[slice, 
 
 def part(T: Tensor) -> Part:
     if isinstance(T, DTensor):
-        return T.detach().to_local().cpu().clone(), where(T.shape, T.device_mesh, T.placements)
+        own: Any = T.detach()
+        return own.to_local().cpu().clone(), where(T.shape, T.device_mesh, T.placements)
     return T.detach().cpu().clone(), ()
 
 
@@ -148,25 +149,31 @@ def _at(case: Case, rank: int, shape: torch.Size) -> tuple[slice, ...]:
     return tuple(at)
 
 
-def begin(target: Target, case: Case, device: str) -> tuple[list[nn.Parameter], Any]:
+def begin(target: Target, case: Case, device: str, mesh: DeviceMesh | None = None) -> tuple[list[nn.Parameter], Any]:
     """This rank's parameters and optimizer."""
     values = [weight(case, i) for i in range(len(case.weights))]
     if not case.placements:
         return construct(target, case, [W.to(device) for W in values], dist.group.WORLD)
-    mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
+    if mesh is None:
+        mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
     placements = [PLACEMENTS[name] for name in case.placements]
     return construct(target, case, [spread(W, mesh, placements) for W in values])
 
 
+def take(case: Case, rank: int, step: int, parameters: list[nn.Parameter], optimizer: Any, factor: float = 1.0) -> None:
+    """One of the case's steps, with gradients times a factor."""
+    for i, p in enumerate(parameters):
+        p.grad = None if (step, rank, i) in case.missing else _gradient(case, step, i, p, rank) * factor
+    optimizer.step()
+
+
 def together(rank: int, target: Target, case: Case, device: str = "cpu", factor: float = 1.0) -> Outcome:
-    """The case on this rank, with gradients times a factor."""
+    """The case on this rank."""
     parameters, optimizer = begin(target, case, device)
     log = Log()
     with nullcontext() if dist.get_backend() == "threaded" else log:
         for step in range(case.steps):
-            for i, p in enumerate(parameters):
-                p.grad = None if (step, rank, i) in case.missing else _gradient(case, step, i, p, rank) * factor
-            optimizer.step()
+            take(case, rank, step, parameters, optimizer, factor)
     return outcome(target, parameters, optimizer, log.found)
 
 
@@ -185,7 +192,7 @@ def _gradient(case: Case, step: int, i: int, p: Tensor, rank: int) -> Tensor:
     if not isinstance(p, DTensor):
         G[...] = torch.where(torch.tensor((step, rank, i) in case.poison), float("nan"), G)
         return G.to(p.device)
-    D: Any = spread(G, p.device_mesh, list(p.placements))
+    D = spread(G, p.device_mesh, list(p.placements))
     if (step, rank, i) in case.poison:
         D.to_local().fill_(float("nan"))
     if case.partial and p.placements[-1].is_replicate():

@@ -55,6 +55,7 @@ MIXED = {
     "gate first": ((20, 9), {"sections": [{"rows": 2, "algorithm": "adamw"}, {"rows": 18, "head_dim": 6}]}),
     "in every expert": ((30, 9), {"blocks": 3, "sections": [{"rows": 8}, {"rows": 2, "algorithm": "adamw"}]}),
 }
+FUSED = {**LAYOUTS, **MIXED}
 
 # Wide, tall, square; one row, one column, one entry; around tile edges.
 shapes = st.sampled_from(

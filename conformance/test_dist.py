@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from conformance import accept
 from conformance.ranks import MESHES, Case, Weight, accept_as_alone, assemble, construct, gradient, together, weight
 from conformance.steps import expected
-from conformance.strategies import HYPER, LAYOUTS, MIXED, seeds
+from conformance.strategies import FUSED, HYPER, seeds
 from conformance.target import Target
 from conformance.worlds import threads
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")]
 
 SHAPES = [(1, 9), (9, 1), (1, 1), (3, 40), (7, 7), (18, 6), (6, 18), (8, 12), (12, 8), (16, 16), (33, 5), (2, 31)]
-FUSED = {**LAYOUTS, **MIXED}
+
 meshes = st.sampled_from(list(MESHES.values()))
 
 

@@ -3,6 +3,8 @@
 
 import os
 import threading
+import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(seconds=20)
 
 
 class Log(TorchDispatchMode):
@@ -65,18 +67,39 @@ def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
     return results
 
 
-def processes(size: int, store: Path, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of function(rank, *arguments) on ranks that are processes, with a GPU each if `device` is "cuda"."""
-    mp.spawn(_process, (size, str(store), device, function, arguments), nprocs=size)  # type: ignore[attr-defined]
-    return [torch.load(f"{store}.{rank}", weights_only=False) for rank in range(size)]
+def processes(size: int, folder: Path, device: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """The results of function(rank, *arguments) on ranks that are processes, with a GPU each if `device` is "cuda".
+
+    The result of a rank that raised is its error's text, that of one that was killed None; twice TIMEOUT is given to all.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["conformance.ranks"])
+    store = folder / f"{function.__name__}-{len(list(folder.iterdir()))}"
+    ranks = [context.Process(target=_process, args=(r, size, str(store), device, function, arguments)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 2 * TIMEOUT.total_seconds()
+    for process in ranks:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in hung:
+        ranks[rank].kill()
+    if hung:
+        raise TimeoutError(f"ranks {hung} were still at it after {2 * TIMEOUT.total_seconds():.0f} s")
+    found = [Path(f"{store}.{rank}") for rank in range(size)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
 
 
 def _process(rank: int, size: int, store: str, device: str, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    options = {"init_method": f"file://{store}", "rank": rank, "world_size": size, "timeout": TIMEOUT}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", **options)
-    torch.save(function(rank, *arguments), f"{store}.{rank}.tmp")
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        result = function(rank, *arguments)
+    except Exception:
+        result = traceback.format_exc()
+    torch.save(result, f"{store}.{rank}.tmp")
     os.replace(f"{store}.{rank}.tmp", f"{store}.{rank}")
-    dist.destroy_process_group()
+    os._exit(0)  # without taking leave of ranks that are gone

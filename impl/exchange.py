@@ -3,7 +3,7 @@
 
 Matrices of one shape travel together, in rounds: one all-to-all there and one back, either left out where nothing would
 travel. A part is a block of a buffer: as many rows as the matrix, laid on its side if that makes it wide, has in this part,
-each of a multiple of 8 numbers; then, for NorMuon, the averages of the parameter's rows.
+each of a multiple of 8 numbers; then, for NorMuon, numbers for each of the parameter's rows.
 """
 
 from collections import defaultdict
@@ -28,7 +28,8 @@ class Key(NamedTuple):
     schedule: Schedule
     eps: float
     normuon_beta2: float | None
-    dtype: torch.dtype
+    dtype: torch.dtype  # of states
+    wire: torch.dtype  # of what travels
     mode: str
     m: int = 0
     n: int = 0
@@ -82,15 +83,23 @@ class Block(NamedTuple):
         return self.wide(buffer).mT if self.job.tall else self.wide(buffer)
 
     def average(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        """The averages of its rows: (rows, 1) of the variance buffer's dtype."""
+        """NorMuon's averages of its rows, (1, rows) of their dtype; in buffers of float16 (2, rows), with room for more."""
         start = self.start + self.height * self.stride
-        return buffer[start : start + self.averages].view(dtype).view(-1, 1)
+        return buffer[start : start + self.averages].view(dtype).view(-1, self.rect.rows)
+
+    def of_rows(self, T: Tensor) -> Tensor:
+        """Of numbers for all rows of its matrix, those for its own."""
+        return T[self.rect.row : self.rect.row + self.rect.rows]
+
+    @property
+    def corner(self) -> tuple[int, int, int, int]:
+        """Where it is in its matrix as that lies: row, column, rows, columns."""
+        row, column, rows, columns = self.rect[:4]
+        return (column, row, columns, rows) if self.job.tall else (row, column, rows, columns)
 
     def place(self, X: Tensor) -> Tensor:
-        """Where the part is in its matrix, (m, n)."""
-        row, column, rows, columns = self.rect[:4]
-        if self.job.tall:
-            row, column, rows, columns = column, row, columns, rows
+        """Its entries of its matrix, (m, n)."""
+        row, column, rows, columns = self.corner
         return X[row : row + rows, column : column + columns]
 
 
@@ -99,7 +108,7 @@ Goes = Callable[[Job, int], bool]  # whether a matrix concerns a rank
 
 
 class Side:
-    """The blocks of one buffer, those of each rank together, and how many numbers each rank's are."""
+    """The blocks of one buffer, rank by rank, and how many numbers each rank has of it."""
 
     def __init__(self, parts: Parts, averages: int) -> None:
         self.blocks: list[Block] = []
@@ -122,20 +131,20 @@ class Round:
     to it; `given`, of what it gives back; `mine`, the matrices that it orthogonalizes, in the order of its batch.
     """
 
-    def __init__(self, key: Key, jobs: Sequence[Job], me: int, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-        self.key, self.jobs, self.group, self.me, self.dtype = key, jobs, group, me, dtype
-        self.mine = [job for job in jobs if me in job.owners]
+    def __init__(self, key: Key, jobs: Sequence[Job], me: int, group: dist.ProcessGroup) -> None:
+        self.key, self.jobs, self.group, self.me = key, jobs, group, me
+        self.mine = sorted((job for job in jobs if me in job.owners), key=lambda job: not job.tall)
         self.index = {job.number: b for b, job in enumerate(self.mine)}
         ranks = range(dist.get_world_size(group))
-        averages = 0 if key.normuon_beta2 is None else key.dtype.itemsize // dtype.itemsize
+        averages = 1 if key.wire == key.dtype else 2 * key.dtype.itemsize // key.wire.itemsize
+        averages = 0 if key.normuon_beta2 is None else averages
 
         def side(those: Sequence[Job], goes: Goes, whose: Callable[[int], int], rows: bool) -> Side:
-            def parts(r: int) -> list[tuple[Job, Rect]]:
-                found = [(job, x) for job in those if goes(job, r) for x in job.held.of(job.matrix, whose(r), rows)]
-                # Equal parts next to each other, so that they can be moved together.
-                return sorted(found, key=lambda each: (each[1].rows, each[1].columns))
-
-            return Side([parts(r) for r in ranks], averages)
+            parts = (
+                [(job, x) for job in those if goes(job, r) for x in job.held.of(job.matrix, whose(r), rows)] for r in ranks
+            )
+            # Equal parts next to each other, so that they can be moved together.
+            return Side([sorted(each, key=lambda x: (x[1].rows, x[1].columns)) for each in parts], averages)
 
         def sends(job: Job, rank: int, owner: int) -> bool:
             return rank == owner and owner in job.owners if key.mode == "distributed" else job.sends(rank, owner)
@@ -192,10 +201,10 @@ class Round:
         return [O.mT if across[number] else O for number, O in found]
 
 
-def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessGroup, dtype: torch.dtype | None) -> list[Round]:
+def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessGroup) -> list[Round]:
     """The rounds in which matrices, each with its parameter's number and what ranks hold of that, are orthogonalized.
 
-    Parts travel in `dtype`, or else in the key's. The result depends on nothing but what all ranks know.
+    The result depends on nothing but what all ranks know.
     """
     world, me = dist.get_world_size(group), dist.get_rank(group)
     jobs: list[tuple[Key, Job]] = []
@@ -222,7 +231,7 @@ def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessG
         key = key._replace(m=m, n=n, there=there, back=not set(holders[i]) <= set(those))
         batches[key].append(job._replace(owners=those))
     return [
-        Round(key, each, me, group, dtype or key.dtype)
+        Round(key, each, me, group)
         for key, these in sorted(batches.items(), key=lambda item: item[0].m * item[0].n * len(item[1]))
         for each in _portions(key, these)
     ]

@@ -5,25 +5,17 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from impl import operands
 from impl.batches import Batch, Entry, Part, States, Tables, batches, gradient_dtype, planned, signature
+from impl.operands import Launches, Operands, groups_of
 from impl.options import lr_scale
-from impl.skip import scalar
-
-STEPPED = ("lr", "weight_decay", "momentum")  # options that may change from step to step
-Launches = list[Callable[[], None]]
-
-
-def orthogonalize(launches: Sequence[Callable[[], None]], Q: Tensor) -> None:
-    """Run the launches of a batch; Q is the last one's left factor, (B, m, m) but for padding."""
-    for run in launches:
-        run()
 
 
 def plans(
@@ -63,20 +55,12 @@ class Plan:
         # them, and must outlive its time here.
         self.replayed = self.captured = torch.cuda.is_current_stream_capturing()
         self.before = before if before is None or before.captured else before.before
-        self.groups = self._groups()
-        self.hyper = torch.zeros(len(self.groups), 4, dtype=torch.float64, device=self.device)
-        self.values: list[list[float | None]] = [[None] * 4 for _ in self.groups]
-        self.addresses = [0] * (4 * len(entries))
-        self.pointers = torch.zeros(len(self.addresses) + 8, dtype=torch.int64, device=self.device)
-        self.grad_scale = torch.ones((), device=self.device) if scaled else None
+        self.operands = Operands(len(entries), groups_of(entries), scaled, self.device)
         self.code = torch.zeros((), dtype=torch.uint8, device=self.device)
         self.gradients: list[Tensor | None] = []
         self.prepares: list[tuple[Launches, Tensor]] = []  # for each chunk of a batch, as `orthogonalize` takes them
         self.applies: Launches = []
-        self._build(batches(entries, state, self.groups))
-
-    def _groups(self) -> list[Mapping[str, Any]]:
-        return list({id(group): group for group, _ in self.entries}.values())
+        self._build(batches(entries, state, self.operands.groups))
 
     def _build(self, found: Mapping[Batch, Mapping[Part, Tables]]) -> None:
         """Divide the memory, and make the launches."""
@@ -102,12 +86,8 @@ class Plan:
         self._free()
 
     def _source(self, part: Part, table: Tensor) -> Any:
-        from impl.kernels.prepare import Source
-
-        nesterov, hyper = self.groups[part.group]["nesterov"], self.hyper[part.group]
-        shape = (part.rows, part.columns, part.weight, part.gradient)
-        count = len(self.entries)
-        return Source(table, self.pointers, count, *shape, True, nesterov, part.aligned, hyper, self.grad_scale)
+        form = (part.rows, part.columns, part.weight, part.gradient)
+        return self.operands.source(part.group, form, part.rows > part.columns, part.aligned, table)
 
     def _prepare_chunk(
         self, key: Batch, parts: Mapping[Part, Tables], O: Tensor, chunk: slice, memory: Tensor, flag: Tensor
@@ -134,10 +114,10 @@ class Plan:
         from impl.kernels.variance import variance
 
         for part, where, (table, V) in _spread(parts):
-            group, row_scale = self.groups[part.group], None
+            group, row_scale = self.operands.groups[part.group], None
             if V is not None:
                 squares, row_scale = torch.zeros(2, len(table), part.rows, device=self.device)
-                there = (part.rows, part.columns, V, self.pointers, len(self.entries), self.code)
+                there = (part.rows, part.columns, V, self.operands.pointers, len(self.entries), self.code)
                 self.applies += variance(O[where], *there, group["normuon_beta2"], squares, row_scale)
             scale = lr_scale(part.rows, part.columns, group["adjust_lr_fn"])
             self.applies.append(apply(self._source(part, table), O[where], self.code, scale, row_scale))
@@ -151,7 +131,7 @@ class Plan:
             self.arena.untyped_storage().resize_(self.arena.numel() * 2)
             renew(self.flags)
             for launches, Q in self.prepares:
-                orthogonalize(launches, Q)
+                operands.orthogonalize(launches, Q)
 
     def magnitudes(self) -> tuple[list[Tensor], list[Tensor]]:
         """The largest magnitudes in each matrix's update direction, and in its orthogonalized update: (B,) float32."""
@@ -173,29 +153,13 @@ class Plan:
 
     def _read(self, state: States, grad_scale: Any) -> None:
         """Tell the kernels where everything is in this step, and the options that may have changed."""
-        from impl.kernels.places import point
-
-        self.groups = self._groups()
         parameters = [p for _, p in self.entries]
         self.gradients = [None if p.grad is None else p.grad.to(gradient_dtype(p)).contiguous() for p in parameters]
         momenta, averages = ([state[p].get(key) for p in parameters] for key in ("momentum_buffer", "variance_buffer"))
-        tensors = (*parameters, *momenta, *self.gradients, *averages)
-        addresses = [0 if T is None else T.data_ptr() for T in tensors]
         # A graph is to write what it was captured with, and others, from then on, what its replays have overwritten.
         self.captured = self.captured or torch.cuda.is_current_stream_capturing()
-        point(self.pointers, [-1] * len(addresses) if self.captured else self.addresses, addresses)
-        self.addresses = addresses
-        if self.grad_scale is not None:
-            self.grad_scale.copy_(scalar(grad_scale, self.device))
-        for values, hyper, group in zip(self.values, self.hyper, self.groups, strict=True):
-            options = [*(group[option] for option in STEPPED), -1.0 if group["maximize"] else 1.0]
-            for i, option in enumerate(options):
-                if isinstance(option, Tensor) and option.is_cuda:
-                    hyper[i].copy_(option.reshape(()))
-                    values[i] = None
-                elif self.captured or values[i] != float(option):
-                    values[i] = number = float(option)
-                    hyper[i].fill_(number)
+        tensors = (*parameters, *momenta, *self.gradients, *averages)
+        self.operands.read(groups_of(self.entries), tensors, grad_scale, self.captured)
 
     def _free(self) -> None:
         self.arena.untyped_storage().resize_(0)

@@ -17,7 +17,7 @@ import torch
 
 from tests.poison import INTERPRETED
 
-KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py"}
+KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py", "test_sharded_plan.py"}
 
 
 class Interpreted(pytest.Item):

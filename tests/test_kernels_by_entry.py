@@ -64,7 +64,7 @@ class Case:
     ) -> Source:
         hyper = torch.tensor([LR, DECAY, BETA, -1.0 if maximize else 1.0], dtype=torch.float64, device=self.device)
         grad_scale = None if scaled is None else torch.tensor(scaled, device=self.device)
-        shape = (self.rows, self.columns, self.W[0].dtype, self.G[0].dtype)
+        shape = (self.rows, self.columns, self.W[0].dtype, self.G[0].dtype, self.rows > self.columns)
         return Source(self.table, self.pointers, len(self.W), *shape, momentum, nesterov, self.aligned, hyper, grad_scale)
 
     def matrices(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -69,7 +69,7 @@ def by_entry() -> None:
     cases += [(torch.float32, torch.float32, True, True, False, None), (torch.bfloat16, torch.float32, True, False, True, one)]
     cases += [(torch.float32, torch.float32, False, False, True, None)]
     for (weight, gradient, *options, grad_scale), (rows, columns) in product(cases, [(64, 128), (128, 64)]):
-        source = Source(table, pointers, 1, rows, columns, weight, gradient, *options, hyper, grad_scale)
+        source = Source(table, pointers, 1, rows, columns, weight, gradient, rows > columns, *options, hyper, grad_scale)
         prepare(source, found, found, X)
         if source.momentum:
             apply(source, X, code, 1.0)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import impl
-import impl.plan
-import impl.sharded
+import impl.operands
+import impl.parts
 import impl.stages
 from conformance.target import Hyper, Named, Norms, watching
 from impl.batches import usable
@@ -70,11 +70,11 @@ class Target:
                 Q[:, 0, 0] = poison  # and with it the first row of every update
             last()
 
-        batched = impl.plan.orthogonalize
+        batched = impl.operands.orthogonalize
         with (
             watching(impl.stages, "orthogonalize", poison) as shapes,
-            watching(impl.sharded, "orthogonalize", poison) as on_ranks,
-            mock.patch.object(impl.plan, "orthogonalize", watched),
+            watching(impl.parts, "orthogonalize", poison) as on_ranks,
+            mock.patch.object(impl.operands, "orthogonalize", watched),
         ):
             yield shapes
             shapes += on_ranks

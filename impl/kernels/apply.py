@@ -64,7 +64,6 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         scale: what the learning rate is multiplied with.
         row_scale: (B, rows) float32, what rows of O are multiplied with.
     """
-    tall = source.rows > source.columns
     arguments = {
         **source.arguments(),
         **TILE,
@@ -75,7 +74,7 @@ def apply(source: Source, O: Tensor, code: Tensor, scale: float, row_scale: Tens
         "height": O.shape[1],
         "stride": O.stride(1),
         "WEIGHT": DTYPES[source.weight],
-        "TALL": tall,
+        "TALL": source.tall,
         "ROWS": row_scale is not None,
     }
     number = programs(len(source.places), source.rows, source.columns, **TILE)

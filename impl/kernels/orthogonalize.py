@@ -43,7 +43,7 @@ def batch(
     aligned = aligned and places.aligned(view, rows)
     table = places.places(0, Section(rows), view, device)
     hyper = torch.zeros(4, dtype=torch.float64, device=device)
-    form = (rows, columns, dtype, dtype)
+    form = (rows, columns, dtype, dtype, rows > columns)
     launches: iteration.Launches = []
     outs = []
     for first in range(0, B, chunk):

@@ -36,6 +36,7 @@ class Source(NamedTuple):
     columns: int
     weight: torch.dtype
     gradient: torch.dtype
+    tall: bool  # whether columns are laid out as rows
     momentum: bool  # False: the gradient is what is to be orthogonalized
     nesterov: bool
     aligned: bool  # rows and columns are multiples of 8, and every row begins at a multiple of 16 bytes and of 8 entries
@@ -176,10 +177,9 @@ def prepare(source: Source, largest: Tensor, guess: Tensor, X: Tensor) -> list[C
     Args:
         largest: (B,) int32, zeros; raised to the bits of each matrix's largest magnitude; not finite if an entry is not.
         guess: (B,) int32, any numbers: what `largest` was the last time. It makes a difference to the time only.
-        X: (B, m, n) float16 with m >= min(rows, columns) and n = max(rows, columns); tall matrices come transposed.
+        X: (B, m, n) float16 with m >= rows and n = columns; if they are tall, m >= columns and n = rows.
     """
-    tall = source.rows > source.columns
-    height = X.shape[1]
+    tall, height = source.tall, X.shape[1]
     tiles = programs(1, *((source.rows, height) if tall else (height, source.columns)), **TILE)
     strips = min(tiles, STRIPS)
     mine = dict(largest=largest, guess=guess, X=X, height=height, stride=X.stride(1), tiles=tiles, strips=strips, TALL=tall)

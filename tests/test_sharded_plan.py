@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters on several ranks, stepped by kernels: the bits of one process that steps them by kernels; see conftest.py."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+import impl.batches
+import impl.sharded
+from conformance import accept
+from conformance.ranks import Case, Outcome, Weight, alone, assemble, together
+from conformance.strategies import FUSED, HYPER
+from conformance.targets.impl import Target
+from conformance.worlds import processes, threads
+from tests.poison import INTERPRETED
+
+pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+STEPS = 1 if INTERPRETED else 5
+SHORT = replace(HYPER, steps=STEPS)
+NORMUON = replace(SHORT, normuon_beta2=0.9)
+PLAIN = tuple(map(Weight, [(24, 40), (40, 24), (16, 16), (7, 9), (1, 9), (9, 1)]))
+EXPERTS = tuple(Weight(*FUSED[name]) for name in ("experts in three dimensions", "gated delta net", "heads in groups"))
+CASES = {
+    "by rows": Case((2,), ("S0",), PLAIN, SHORT),
+    "by columns": Case((2,), ("S1",), PLAIN, NORMUON),
+    "copies": Case((2,), ("R",), PLAIN[:4], NORMUON),
+    "replicas": Case((2,), (), PLAIN[:3], SHORT),
+    "layouts": Case((2,), ("S0",), EXPERTS, NORMUON),
+    "bfloat16": Case((2,), ("S0",), PLAIN[:3], SHORT, torch.bfloat16),
+    "missing": Case((2,), ("S0",), PLAIN[:3], SHORT, missing=frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1), (0, 1, 2)])),
+    "poisoned": Case((2,), ("S0",), PLAIN[:3], SHORT, steps=3, poison=frozenset([(1, 0, 1)])),
+    "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
+}
+
+
+def patched(fast: bool = True):
+    """Kernels where there is no GPU, in the interpreter."""
+    if not INTERPRETED:
+        return nullcontext()
+    stack = mock.patch.multiple(
+        torch.cuda,
+        device=lambda device: nullcontext(),
+        current_stream=lambda *device: SimpleNamespace(cuda_stream=0),
+        is_current_stream_capturing=lambda: False,
+    )
+    stack.start()
+    mock.patch.object(impl.sharded, "usable", lambda device: fast).start()
+    mock.patch.object(impl.batches, "usable", lambda device: fast).start()
+    return stack
+
+
+def walk(rank: int, device: str) -> dict[str, Outcome]:
+    patched()
+    return {name: together(rank, Target(), case, device) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def walked(device, tmp_path_factory) -> list[dict[str, Outcome]]:
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        return threads(2, walk, "cuda")
+    found = processes(2, Path(tmp_path_factory.mktemp("ranks")), device.type, walk, device.type)
+    assert not (failed := [text for text in found if not isinstance(text, dict)]), "\n".join(map(str, failed))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_have_the_bits_of_one_process(device, walked, name, monkeypatch):
+    monkeypatch.setattr(impl.batches, "usable", lambda device: True)
+    one = alone(Target(), CASES[name], device)
+    assert [each[name].skipped for each in walked] == [one.skipped] * len(walked)
+    for key, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble([each[name] for each in walked], key, T.shape), expected=T)
