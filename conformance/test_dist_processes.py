@@ -172,7 +172,9 @@ def test_a_rank_that_dies_makes_the_others_fail(request, ranks, device, tmp_path
     path = request.config.getoption("--target")
     found = processes(ranks, tmp_path, device.type, struck, path, device.type, case, 1, point, None)
     assert found[1] is None, "the rank did not come to that collective"
-    assert accept.equal([isinstance(text, str) and "Error" in text for text in found[:1] + found[2:]], [True] * (ranks - 1))
+    # NCCL's watchdog may end a process that does not look at its collectives itself.
+    failed = [(text is None and device.type == "cuda") or (isinstance(text, str) and "Error" in text) for text in found]
+    assert accept.equal(failed[:1] + failed[2:], [True] * (ranks - 1))
 
 
 @pytest.mark.clause("DIST-11", "DIST-4")

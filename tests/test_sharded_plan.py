@@ -38,24 +38,18 @@ CASES = {
 }
 
 
-def patched(fast: bool = True):
-    """Kernels where there is no GPU, in the interpreter."""
-    if not INTERPRETED:
-        return nullcontext()
-    stack = mock.patch.multiple(
-        torch.cuda,
-        device=lambda device: nullcontext(),
-        current_stream=lambda *device: SimpleNamespace(cuda_stream=0),
-        is_current_stream_capturing=lambda: False,
-    )
-    stack.start()
-    mock.patch.object(impl.sharded, "usable", lambda device: fast).start()
-    mock.patch.object(impl.batches, "usable", lambda device: fast).start()
-    return stack
+def interpret() -> None:
+    """Use the kernels where there is no GPU, and answer without one what they ask of it."""
+    here, stream = mock.Mock(side_effect=lambda device: nullcontext()), SimpleNamespace(cuda_stream=0)
+    answers = {"current_stream": mock.Mock(return_value=stream), "is_current_stream_capturing": mock.Mock(return_value=False)}
+    mock.patch.multiple(torch.cuda, device=here, **answers).start()
+    for module in (impl.sharded, impl.batches):
+        mock.patch.object(module, "usable", return_value=True).start()
 
 
 def walk(rank: int, device: str) -> dict[str, Outcome]:
-    patched()
+    if INTERPRETED:
+        interpret()
     return {name: together(rank, Target(), case, device) for name, case in CASES.items()}
 
 

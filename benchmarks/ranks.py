@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of parameters that lie on several ranks as FSDP2 puts them, beside the same steps on one.
+
+    torchrun --nproc-per-node 2 -m benchmarks.ranks
+
+On GPUs with NCCL, without them with gloo and stand-ins that show only that everything works. Every rank also takes the step
+alone, in turns with the others and at the same time as they do; efficiency is that time over ranks times the time together.
+The table and benchmarks/results/GPU/ranks-N.json have medians of milliseconds on the slowest rank:
+
+    step        all of it
+    orthogonal  from update directions in place to results in place: exchange included
+    exchange    the all-to-alls of a step by themselves
+    wire        megabytes that a rank sends, beside the least: of each matrix it sends its part, and of its own the others'
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from benchmarks import peers, shapes, timing
+from impl.sharded import Sharded
+
+ROUNDS = {True: 20, False: 3}
+COLUMNS = ("model", "optimizer", "alone", "together", "efficiency", "orthogonal", "efficiency ", "exchange", "wire", "least")
+
+
+def weights(model: shapes.Model, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """A parameter for each shape, its first dimension divided as FSDP2 does, with a gradient; both normal."""
+    generator = torch.Generator(mesh.device_type).manual_seed(dist.get_rank())
+    made = []
+    for shape in model:
+        own, _ = compute_local_shape_and_global_offset(shape, mesh, [Shard(0)])
+        stride = torch.empty(shape, device="meta").stride()
+        W, G = (torch.randn(own, generator=generator, device=mesh.device_type) for _ in range(2))
+        W, G = (DTensor.from_local(T, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride) for T in (W * 0.02, G))
+        made.append(nn.Parameter(W))
+        made[-1].grad = G
+    return made
+
+
+def dion(made: list[nn.Parameter], mesh: DeviceMesh) -> torch.optim.Optimizer:
+    from dion import Muon
+
+    return Muon(made, mesh, lr=peers.LR, weight_decay=peers.DECAY, nesterov=True, use_gram_newton_schulz=True)
+
+
+class Parts:
+    """What a step consists of, by events around our own methods."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, []
+
+    def clock(self) -> Any:
+        if self.device.type != "cuda":
+            return timing.time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
+
+    def orthogonalization(self, step: Callable[[], Any], rounds: int) -> float:
+        """Median milliseconds from update directions to results."""
+        began, times = [], []
+        orthogonalize, apply = Sharded._orthogonalize, Sharded.apply
+
+        def watched(sharded: Sharded) -> None:
+            began.append(self.clock())
+            orthogonalize(sharded)
+
+        def waited(sharded: Sharded, code: Any) -> None:
+            for work, _ in sharded.returning:
+                if work is not None:
+                    work.wait()
+            times.append((began[-1], self.clock()))
+            apply(sharded, code)
+
+        with mock.patch.object(Sharded, "_orthogonalize", watched), mock.patch.object(Sharded, "apply", waited):
+            timing.interleave({"step": lambda i: step()}, rounds, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return statistics.median(self.between(*each) for each in times[timing.WARM_UP :])
+
+
+def exchange(sharded: Sharded) -> Callable[[int], None]:
+    """The all-to-alls of a step, with nothing in between."""
+    everything = [*sharded.parts.rounds, *sharded.plan.rounds]
+    buffers = [
+        [torch.zeros(side.size, dtype=each.key.wire, device=sharded.device) for side in (each.held, each.given)]
+        for each in everything
+    ]
+
+    def run(i: int) -> None:
+        works = [each.send(held)[1] for each, (held, _) in zip(everything, buffers, strict=True)]
+        works += [each.give(given, held) for each, (held, given) in zip(everything, buffers, strict=True)]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    return run
+
+
+def wire(sharded: Sharded) -> tuple[float, float]:
+    """Megabytes that this rank sends in a step, and the least that it could."""
+    me, sent, least = dist.get_rank(sharded.group), 0, 0
+    for each in (*sharded.parts.rounds, *sharded.plan.rounds):
+        for side, travels in ((each.sent, each.key.there), (each.given, each.key.back)):
+            away = sum(side.sizes) - side.sizes[me] if travels else 0
+            sent += away * each.key.wire.itemsize
+        for block in each.sent.blocks:
+            least += 2 * block.rect.rows * block.rect.columns * (me not in block.job.owners)
+        for block in each.given.blocks:
+            least += 2 * block.rect.rows * block.rect.columns
+        least -= sum(2 * b.rect.rows * b.rect.columns for b in each.held.blocks if b.job.home(me) == me)
+    return sent / 1e6, least / 1e6
+
+
+def slowest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each over all ranks."""
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def measure(name: str, model: shapes.Model, alone: DeviceMesh, mesh: DeviceMesh, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each optimizer."""
+    rounds, rows = ROUNDS[device.type == "cuda"], []
+    for optimizer in ("ours", "dion"):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            steppers = []
+            for on in (alone, mesh):
+                made = weights(model, on)
+                steppers.append(peers.ours_step(made) if optimizer == "ours" else dion(made, on))
+        except Exception as error:
+            rows.append({"model": name, "optimizer": f"{optimizer}: {type(error).__name__}: {error!s:.60}"})
+            continue
+        calls = {"alone": lambda i, s=steppers[0]: s.step(), "together": lambda i, s=steppers[1]: s.step()}
+        times = timing.interleave(calls, rounds, device)
+        one, all_ = slowest([statistics.median(times[key]) for key in ("alone", "together")], device)
+        row = {"model": name, "optimizer": optimizer, "alone": one, "together": all_}
+        row["efficiency"] = one / (mesh.size() * all_)
+        if optimizer == "ours":
+            sharded = [next(each for each in s.plans.values() if isinstance(each, Sharded)) for s in steppers]
+            parts = slowest([Parts(device).orthogonalization(s.step, rounds) for s in steppers], device)
+            calls = {"exchange": exchange(sharded[1])}
+            row["orthogonal"], row["efficiency "] = parts[1], parts[0] / (mesh.size() * parts[1])
+            row["exchange"] = slowest([statistics.median(timing.interleave(calls, rounds, device)["exchange"])], device)[0]
+            row["wire"], row["least"] = slowest(list(wire(sharded[1])), device)
+        rows.append(row)
+        del steppers, calls
+    return rows
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    size, rank = dist.get_world_size(), dist.get_rank()
+    mesh = DeviceMesh(device.type, torch.arange(size), mesh_dim_names=("ranks",))
+    single = [DeviceMesh(device.type, [r], mesh_dim_names=("rank",)) for r in range(size)][rank]
+    models = shapes.MODELS if gpu else shapes.TINY_MODELS
+    rows = []
+    for name, model in models.items():
+        rows += measure(name, model, single, mesh, device)
+        if rank == 0:
+            print(f"{name} done", file=sys.stderr, flush=True)
+    if rank == 0:
+        print(f"{size} x {torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}; milliseconds, megabytes")
+        for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
+            cells = [row.get(column, "-") for column in COLUMNS]
+            print("  ".join((f"{cell:.3g}" if isinstance(cell, float) else str(cell)).ljust(16) for cell in cells).rstrip())
+        folder = Path(__file__).parent / "results" / (os.environ.get("BENCHMARK_GPU", "nvidia-h200") if gpu else "cpu")
+        if gpu:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"ranks-{size}.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
