@@ -20,7 +20,7 @@ from conformance.target import Hyper, Target
 from conformance.worlds import Log, threads
 
 PLACEMENTS = {"R": Replicate(), "P": Partial(), **{f"S{dim}": Shard(dim) for dim in range(4)}}
-MESHES = {
+MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "1 rank": ((1,), ("S0",)),
     "2 by rows": ((2,), ("S0",)),
     "2 by columns": ((2,), ("S1",)),

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DIST on threads: gradients that are missing, summed, poisoned or clipped, and what is refused."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from conformance import accept
+from conformance.campaign_ranks import poisoned, poisonings
 from conformance.ranks import (
     MESHES,
     Case,
@@ -65,22 +65,9 @@ def test_a_gradient_that_has_to_be_summed(target: Target, device, mesh):
 )
 def test_a_poisoned_rank_stops_all(skipping: Target, device, mesh, mode):
     """Every subset of ranks is struck."""
-    shape, placements = MESHES[mesh]
-    size = Case(shape, placements, ()).size
-    weights = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((6, 6)))
-    clean = Case(shape, placements, weights, replace(HYPER, shard_mode=mode), steps=3)
-    without = replace(clean, missing=frozenset((1, rank, i) for rank in range(size) for i in range(3)))
-    should = {
-        struck: threads(size, together, skipping, each, device.type) for struck, each in ((False, clean), (True, without))
-    }
-    for count in range(size + 1):
-        for struck in itertools.combinations(range(size), count):
-            case = replace(clean, poison=frozenset((1, rank, (rank + count) % 3) for rank in struck))
-            found = threads(size, together, skipping, case, device.type)
-            for each, other in zip(found, should[bool(struck)], strict=True):
-                assert accept.equal(each.skipped, {**other.skipped, "gradient": int(bool(struck))})
-                for name, (T, _) in other.parts.items():
-                    accept.same_bits(actual=each.parts[name][0], expected=T)
+    for where, struck in poisonings():
+        if where == mesh:
+            poisoned(skipping, mesh, struck, mode, device.type)
 
 
 @pytest.mark.clause("DIST-6", "SKIP-2")

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DIST on processes, with gloo on a CPU and NCCL on GPUs: the collectives of a step, checkpoints, and ranks that die."""
 
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import DeviceMesh
 
 from conformance import accept
+from conformance.campaign_ranks import dead, late
 from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, outcome, take, together
 from conformance.strategies import FUSED, HYPER
 from conformance.target import Target, Unsupported, load
@@ -148,39 +146,12 @@ def test_checkpoints_go_from_any_number_of_ranks_to_any_other(request, target, r
                 accept.same_bits(actual=assemble(here, name, T.shape), expected=T)
 
 
-def struck(rank: int, path: str, device: str, case: Case, victim: int, point: int, delay: float | None) -> Outcome:
-    """The case, in which one rank dies, or is late, before its collective number `point`."""
-    calls = iter(range(10**6))
-
-    def late(healthy: Any) -> Any:
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            if rank == victim and next(calls) == point:
-                os._exit(1) if delay is None else time.sleep(delay)
-            return healthy(*args, **kwargs)
-
-        return collective
-
-    names = ("all_reduce", "all_to_all_single")
-    with mock.patch.multiple(dist, **{name: late(getattr(dist, name)) for name in names}):
-        return together(rank, load(path), case, device)
-
-
 @pytest.mark.clause("DIST-11")
 @pytest.mark.parametrize("point", [0, 2, 5])
 def test_a_rank_that_dies_makes_the_others_fail(request, ranks, device, tmp_path: Path, point):
-    case = Case((ranks,), ("S0",), WEIGHTS)
-    path = request.config.getoption("--target")
-    found = processes(ranks, tmp_path, device.type, struck, path, device.type, case, 1, point, None)
-    assert found[1] is None, "the rank did not come to that collective"
-    # NCCL's watchdog may end a process that does not look at its collectives itself.
-    failed = [(text is None and device.type == "cuda") or (isinstance(text, str) and "Error" in text) for text in found]
-    assert accept.equal(failed[:1] + failed[2:], [True] * (ranks - 1))
+    dead(request.config.getoption("--target"), tmp_path, point, ranks, device.type)
 
 
 @pytest.mark.clause("DIST-11", "DIST-4")
-def test_a_rank_that_is_late_changes_nothing(request, target, ranks, device, tmp_path: Path):
-    case = Case((ranks,), ("S0",), WEIGHTS, NORMUON)
-    path = request.config.getoption("--target")
-    found = processes(ranks, tmp_path, device.type, struck, path, device.type, case, 0, 3, 0.5)
-    for name, (T, _) in alone(target, case, device).parts.items():
-        accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
+def test_a_rank_that_is_late_changes_nothing(request, ranks, device, tmp_path: Path):
+    late(request.config.getoption("--target"), tmp_path, 3, ranks, device.type)

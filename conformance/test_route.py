@@ -145,6 +145,16 @@ def test_experts_are_counted_by_layout_attribute_or_config(target: Target):
         accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.1.w": layout(blocks=4)})
 
 
+@pytest.mark.clause("ROUTE-4")
+def test_a_module_may_have_the_layouts_of_its_parameters(target: Target):
+    model = Language(body(nn.Linear(8, 24, bias=False), Owner(24, 8)))
+    model.body[1].muon_layout, model.body[2].muon_layout = {"weight": {"blocks": 3}}, {"w": {"blocks": 6}}
+    expected = {"body.1.weight": layout(blocks=3), "body.2.w": layout(blocks=6)}
+    accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.0.weight": MUON} | expected)
+    model.body[1].muon_layout = {"bias": {"blocks": 3}}
+    accept.refuses(lambda: target.routes(model), ValueError, "body.1.weight", "bias")
+
+
 @pytest.mark.clause("ROUTE-4", "ROUTE-6")
 @pytest.mark.parametrize(
     ("model", "words"),

@@ -2,11 +2,13 @@
 """A tiny hybrid decoder language model: gated delta rule and attention, each followed by a mixture of experts.
 
 The family is Qwen3-Next's: three blocks of linear attention to one of full attention, and fused projections throughout.
-What the optimizer has to know about a fused weight stands where the weight is made, as its `muon_layout`.
+What the optimizer has to know about a fused weight stands where the weight is made, as its module's `muon_layout`.
 
 Shapes: B sequences of T tokens, N = B * T; d features; E experts of f hidden units. The recurrent blocks tell the order
 of tokens, so attention needs no position encoding.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class LinearAttention(nn.Module):
         self.in_proj = nn.Linear(d, sum(self.rows), bias=False)
         gate = Section(heads, algorithm="adamw")  # a few vectors, each a gate of its own, rather than a matrix
         sections = (Section(d), Section(d), Section(d), Section(d), gate, gate)
-        self.in_proj.weight.muon_layout = Layout(sections=sections)
+        self.in_proj.muon_layout = Layout(sections=sections)
         self.forget = nn.Parameter(torch.linspace(1.0, 5.0, heads))  # logits: memories of about 4 to 150 tokens
         self.norm = nn.RMSNorm(d // heads)
         self.out_proj = nn.Linear(d, d, bias=False)
@@ -65,7 +67,7 @@ class Attention(nn.Module):
         self.d_head = d // heads
         self.rows = (d, kv_heads * self.d_head, kv_heads * self.d_head)
         self.qkv = nn.Linear(d, sum(self.rows), bias=False)
-        self.qkv.weight.muon_layout = Layout(sections=tuple(Section(rows) for rows in self.rows))
+        self.qkv.muon_layout = Layout(sections=tuple(Section(rows) for rows in self.rows))
         self.out_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,11 +87,11 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, d: int, experts: int, hidden: int, active: int = 2) -> None:
         super().__init__()
         self.experts, self.active = experts, active
+        self.total: Callable[[Tensor], Tensor] = lambda load: load  # over all processes that share a batch
         self.router = nn.Linear(d, experts, bias=False)
         self.w13 = nn.Parameter(torch.randn(experts * 2 * hidden, d) * d**-0.5)
         self.w2 = nn.Parameter(torch.randn(experts * d, hidden) * hidden**-0.5)
-        self.w13.muon_layout = Layout(blocks=2 * experts)
-        self.w2.muon_layout = Layout(blocks=experts)
+        self.muon_layout = {"w13": Layout(blocks=2 * experts), "w2": Layout(blocks=experts)}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.router(x).softmax(-1)
@@ -103,6 +105,7 @@ class MixtureOfExperts(nn.Module):
         w13, w2 = (w.unflatten(0, (self.experts, -1)).unbind() for w in (self.w13, self.w2))
         y = torch.cat([swiglu(*each) for each in zip(batches, w13, w2, strict=True)])
         y = torch.zeros_like(x).index_add(0, token, y * weight.flatten()[order, None])
+        load = self.total(load)
         return y, self.experts * (load / load.sum() * scores.mean(0)).sum()
 
 

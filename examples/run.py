@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from examples.data import CONTEXT, Corpus, InputError, draw, in_order, read_text, unigram_entropy
 from examples.model import HybridLM
+from examples.parallel import Ranks
 from impl import Layout, Muon, param_groups
 from impl.layout import cut, matrices
 
@@ -31,12 +33,14 @@ COLUMNS = ("step", "seconds", "train_loss", "val_loss", "lr")
 PARTS = ("model", "optimizer", "scheduler")
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: nn.Module, lr: float, ranks: Ranks | None = None) -> torch.optim.Optimizer:
     """Muon, routed by the model's own declarations; or AdamW, with the same decay, for every parameter."""
+    replicas = None if ranks is None else dist.group.WORLD
     if name == "muon":
         groups = param_groups(model, head="lm_head.weight")
         # The ratio of the two learning rates that are best here gives AdamW's share of the parameters AdamW's own best.
-        return Muon(groups, lr=lr, weight_decay=WEIGHT_DECAY, adamw_lr_ratio=LR["adamw"] / LR["muon"])
+        options = {"lr": lr, "weight_decay": WEIGHT_DECAY, "adamw_lr_ratio": LR["adamw"] / LR["muon"]}
+        return Muon(groups, **options, replicas=replicas)
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
 
 
@@ -68,7 +72,9 @@ class Run:
     in nats per character, `val_loss` where it was measured and else None; the learning rate of the step.
     """
 
-    def __init__(self, *, optimizer: str, lr: float, steps: int, seed: int, device: str, data: str | None) -> None:
+    def __init__(
+        self, *, optimizer: str, lr: float, steps: int, seed: int, device: str, data: str | None, ranks: Ranks | None = None
+    ) -> None:
         self.steps, self.device = steps, device
         self.options = {"optimizer": optimizer, "lr": lr, "steps": steps, "seed": seed, "device": device, "data": data}
         check_device(device)
@@ -76,7 +82,8 @@ class Run:
         self.unigram_entropy = unigram_entropy(self.corpus.validation)
         torch.manual_seed(seed)
         self.model = HybridLM(len(self.corpus.alphabet)).to(device)
-        self.optimizer = make_optimizer(optimizer, self.model, lr)
+        self.ranks, self.called = ranks, self.model if ranks is None else ranks.divide(self.model)
+        self.optimizer = make_optimizer(optimizer, self.model, lr, ranks)
         # Now, because the report shows learning rates and the schedule is about to change them.
         self.routing = self.optimizer.report() if optimizer == "muon" else "AdamW steps every parameter."
         self.scheduler = LambdaLR(self.optimizer, partial(warmup_then_linear, steps=steps))
@@ -106,12 +113,15 @@ class Run:
     def step(self) -> float:
         """One step of everything; the batch's loss before it."""
         inputs, targets = (t.to(self.device) for t in draw(self.corpus.train, SEQUENCES, self.sampler))
-        logits, balance = self.model(inputs)
+        if self.ranks is not None:
+            inputs, targets = self.ranks.share(inputs), self.ranks.share(targets)
+        logits, balance = self.called(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
         (loss + BALANCE * balance).backward()
         self.optimizer.step()
         self.scheduler.step()
+        loss = loss if self.ranks is None else self.ranks.mean(loss)
         return loss.item()  # waits for the device, which keeps the caller's clock honest
 
     def skipped(self) -> int:
@@ -123,22 +133,26 @@ class Run:
         """Mean loss on the validation text."""
         total, count = 0.0, 0
         for inputs, targets in zip(*(t.split(4 * SEQUENCES) for t in in_order(self.corpus.validation)), strict=True):
-            logits, _ = self.model(inputs.to(self.device))
+            logits, _ = self.called(inputs.to(self.device))
             losses = F.cross_entropy(logits.flatten(0, 1), targets.to(self.device).flatten(), reduction="sum")
             total, count = total + losses.item(), count + targets.numel()
         return total / count
 
     def save(self, directory: Path) -> None:
-        """Write `checkpoint.pt`, which appears whole or not at all whenever the process dies, and `metrics.csv`."""
+        """Write `metrics.csv` and, with one process, `checkpoint.pt`, which appears whole or not at all if the process dies."""
+        if self.ranks is None:
+            self._save_checkpoint(directory)
+        with open(directory / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.metrics)
+
+    def _save_checkpoint(self, directory: Path) -> None:
         state = {part: getattr(self, part).state_dict() for part in PARTS}
         state |= {"sampler": self.sampler.get_state(), "metrics": self.metrics}
         state |= {"options": self.options, "digest": self.corpus.digest}
         torch.save(state, directory / "checkpoint.tmp")
         os.replace(directory / "checkpoint.tmp", directory / "checkpoint.pt")
-        with open(directory / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.metrics)
 
     @classmethod
     def load(cls, directory: Path) -> "Run":

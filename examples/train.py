@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from examples import compare, plots
 from examples.data import InputError
+from examples.parallel import KINDS, Ranks
 from examples.run import LR, TOKENS, Run
 
 RUNS = Path("runs")
@@ -60,10 +61,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--device", default="cpu", help="default: cpu")
     p.add_argument("--data", metavar="FILE", help="UTF-8 text; default: the help topics that come with Python")
     p.add_argument("--name", help="the run goes to runs/NAME, in place of an earlier one; default: the optimizer's")
+    p.add_argument("--parallel", choices=KINDS, help="on the processes that torchrun starts; keeps no checkpoints")
     p.add_argument("--resume", metavar="RUN", help="go on with a stopped run, a name or a directory, as it was begun")
     args = p.parse_args(argv)
     changed = {option for option, value in vars(args).items() if value != p.get_default(option)}
-    for option, others in (("resume", changed - {"resume"}), ("compare", changed & {"optimizer", "lr"})):
+    for option, others in (("resume", changed - {"resume"}), ("compare", changed & {"optimizer", "lr", "parallel"})):
         if option in changed and others:
             raise InputError(f"--{option} cannot be combined with " + ", ".join(f"--{o}" for o in sorted(others)))
     return args
@@ -99,7 +101,8 @@ def train(run: Run, directory: Path) -> None:
     pause = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines; a log file needs few
     style = {"unit": "tok", "unit_scale": True, "mininterval": pause}
     first = len(run.metrics) + 1
-    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, **style) as bar:
+    quiet = run.ranks is not None and run.ranks.rank > 0
+    with ctrl_c_noted() as stop, tqdm(initial=done, total=total, disable=quiet, **style) as bar:
         while not (run.finished or stop):
             row = run.advance()
             if row["val_loss"] is not None:
@@ -107,9 +110,10 @@ def train(run: Run, directory: Path) -> None:
             bar.set_postfix_str(f"loss {row['train_loss']:.3f}{val_loss}", refresh=False)
             bar.set_description_str(f"step {row['step']}/{run.steps}", refresh=row["step"] == first)
             bar.update(TOKENS)
-            if row["step"] % SAVE_EVERY == 0:
+            if row["step"] % SAVE_EVERY == 0 and not quiet:
                 run.save(directory)
-        run.save(directory)
+        if not quiet:
+            run.save(directory)
 
 
 def present(run: Run, directory: Path) -> None:
@@ -117,7 +121,7 @@ def present(run: Run, directory: Path) -> None:
     (directory / "routing.txt").write_text(run.routing + "\n")
     plots.loss(run, directory / "loss.png")
     pictures = "loss.png"
-    if run.options["optimizer"] == "muon":
+    if run.options["optimizer"] == "muon" and run.ranks is None:
         plots.singular_values(run, directory / "singular_values.png")
         pictures += ", singular_values.png"
     last = run.metrics[-1]
@@ -139,9 +143,12 @@ def command(args: argparse.Namespace) -> int:
         run = Run.load(directory)
     else:
         lr = args.lr or LR[args.optimizer]
-        run = Run(optimizer=args.optimizer, lr=lr, steps=args.steps or STEPS, **shared)
+        ranks = Ranks(args.parallel, args.device) if args.parallel else None
+        run = Run(optimizer=args.optimizer, lr=lr, steps=args.steps or STEPS, **shared, ranks=ranks)
         directory = make_directory(args.name or args.optimizer)
     train(run, directory)
+    if run.ranks is not None and run.ranks.rank:
+        return 0
     if not run.finished:
         print(f"stopped after step {len(run.metrics)} of {run.steps}; go on with")
         print(f"python -m examples.train --resume {directory}")

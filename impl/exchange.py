@@ -7,7 +7,7 @@ each of a multiple of 8 numbers; then, for NorMuon, numbers for each of the para
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from impl.gram import orthogonalize_parts
+from impl.placement import Boxes, assign
 from impl.schedules import Schedule
-from impl.shards import Boxes, Matrix, Rect, assign, restrict
+from impl.shards import Matrix, Rect, restrict
 
 ROUND = 2**27  # entries of matrices that a rank orthogonalizes in a round, unless a matrix has more
 
@@ -53,10 +54,6 @@ class Job(NamedTuple):
     def home(self, rank: int) -> int:
         """Who gives a rank its part of the result."""
         return rank if rank in self.owners else self.owners[0]
-
-    def sends(self, rank: int, owner: int) -> bool:
-        """Whether an owner has a rank's part from that rank: from itself, or else from one rank of its own replica."""
-        return owner in self.owners and self.held.sender(rank, owner) == rank
 
 
 class Block(NamedTuple):
@@ -103,20 +100,23 @@ class Block(NamedTuple):
         return X[row : row + rows, column : column + columns]
 
 
-Parts = list[list[tuple[Job, Rect]]]  # for each rank, those that go to it or come from it
-Goes = Callable[[Job, int], bool]  # whether a matrix concerns a rank
+Parts = Iterable[tuple[int, Job, Rect]]  # parts of matrices, each with the rank to which it goes or from which it comes
 
 
 class Side:
     """The blocks of one buffer, rank by rank, and how many numbers each rank has of it."""
 
-    def __init__(self, parts: Parts, averages: int) -> None:
+    def __init__(self, parts: Parts, world: int, averages: int) -> None:
+        by_rank: list[list[tuple[Job, Rect]]] = [[] for _ in range(world)]
+        for rank, job, rect in parts:
+            by_rank[rank].append((job, rect))
         self.blocks: list[Block] = []
         self.sizes: list[int] = []
         self.size = 0
-        for parts_of_rank in parts:
+        for those in by_rank:
             before = self.size
-            for job, rect in parts_of_rank:
+            # Equal ones next to each other, so that they can be moved together.
+            for job, rect in sorted(those, key=lambda part: (part[1].rows, part[1].columns)):
                 height, width = (rect.columns, rect.rows) if job.tall else (rect.rows, rect.columns)
                 block = Block(job, rect, self.size, height, max(8, -(-width // 8) * 8), averages * rect.rows)
                 self.blocks.append(block)
@@ -132,28 +132,26 @@ class Round:
     """
 
     def __init__(self, key: Key, jobs: Sequence[Job], me: int, group: dist.ProcessGroup) -> None:
-        self.key, self.jobs, self.group, self.me = key, jobs, group, me
-        self.mine = sorted((job for job in jobs if me in job.owners), key=lambda job: not job.tall)
+        self.key, self.group, self.me = key, group, me
+        self.jobs = jobs = sorted(jobs, key=lambda job: not job.tall)
+        self.mine = [job for job in jobs if me in job.owners]
         self.index = {job.number: b for b, job in enumerate(self.mine)}
-        ranks = range(dist.get_world_size(group))
         averages = 1 if key.wire == key.dtype else 2 * key.dtype.itemsize // key.wire.itemsize
         averages = 0 if key.normuon_beta2 is None else averages
 
-        def side(those: Sequence[Job], goes: Goes, whose: Callable[[int], int], rows: bool) -> Side:
-            parts = (
-                [(job, x) for job in those if goes(job, r) for x in job.held.of(job.matrix, whose(r), rows)] for r in ranks
-            )
-            # Equal parts next to each other, so that they can be moved together.
-            return Side([sorted(each, key=lambda x: (x[1].rows, x[1].columns)) for each in parts], averages)
-
         def sends(job: Job, rank: int, owner: int) -> bool:
-            return rank == owner and owner in job.owners if key.mode == "distributed" else job.sends(rank, owner)
+            return rank == owner if key.mode == "distributed" else job.held.sender(rank, owner) == rank
+
+        def side(parts: Parts) -> Side:
+            return Side(parts, dist.get_world_size(group), averages)
 
         # Averages go back to all ranks that hold the row, also to those that hold none of its columns.
-        self.held = side(jobs, lambda job, r: job.home(me) == r, lambda r: me, averages > 0)
-        self.sent = side(jobs, lambda job, r: sends(job, me, r), lambda r: me, False)
-        self.got = side(self.mine, lambda job, r: sends(job, r, me), lambda r: r, False)
-        self.given = side(self.mine, lambda job, r: job.home(r) == me, lambda r: r, averages > 0)
+        rows, mine = averages > 0, self.mine
+        self.held = side((job.home(me), job, x) for job in jobs for x in job.held.of(job.matrix, me, rows))
+        ours = [(job, x) for job in jobs for x in job.held.of(job.matrix, me)]
+        self.sent = side((o, job, x) for job, x in ours for o in job.owners if sends(job, me, o))
+        self.got = side((r, job, x) for job in mine for r, x in job.held.all(job.matrix) if sends(job, r, me))
+        self.given = side((r, job, x) for job in mine for r, x in job.held.all(job.matrix, rows) if job.home(r) == me)
         at = {(block.job.number, block.rect): block for block in self.held.blocks}
         pairs = [(at[block.job.number, block.rect], block) for block in self.sent.blocks]
         # Where nobody holds a copy, what is sent lies in the held buffer as it should.
@@ -166,18 +164,20 @@ class Round:
             sent = held.new_empty(self.sent.size)
             for source, target in self.packing:
                 sent[target.start : target.start + target.size] = held[source.start : source.start + source.size]
-        got = held.new_empty(self.got.size)
-        return got, self._exchange(self.key.there, sent, self.sent, got, self.got)
+        if not self.key.there:
+            return sent, None
+        got, sizes = held.new_empty(self.got.size), (self.got.sizes, self.sent.sizes)
+        return got, dist.all_to_all_single(got, sent, *sizes, group=self.group, async_op=True)
+
+    def to_give(self, held: Tensor) -> Tensor:
+        """A buffer for what this rank gives back; if nothing travels, the one in which it should be in the end."""
+        return held.new_empty(self.given.size) if self.key.back else held
 
     def give(self, given: Tensor, held: Tensor) -> dist.Work | None:
         """Give the parts of the results back; they are in `held` once the work is done."""
-        return self._exchange(self.key.back, given, self.given, held, self.held)
-
-    def _exchange(self, travels: bool, source: Tensor, left: Side, target: Tensor, right: Side) -> dist.Work | None:
-        if travels:
-            return dist.all_to_all_single(target, source, right.sizes, left.sizes, group=self.group, async_op=True)
-        target.copy_(source)
-        return None
+        if not self.key.back:
+            return None
+        return dist.all_to_all_single(held, given, self.held.sizes, self.given.sizes, group=self.group, async_op=True)
 
     def orthogonalize_parts(self, got: Tensor) -> list[Tensor]:
         """The orthogonalized parts of this rank in matrices that are nowhere whole, in the order of `got`."""
@@ -215,21 +215,20 @@ def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessG
                     jobs.append((key, Job(len(jobs), entry, block, held, tuple(ranks))))
         else:
             jobs.append((key, Job(len(jobs), entry, matrix, held)))
-    everyone = range(world)
     holders = [job.held.holders(job.matrix, key.normuon_beta2 is not None) for key, job in jobs]
     covers = [job.held.covers(job.matrix) for _, job in jobs]
     free = [i for i, (key, _) in enumerate(jobs) if key.mode == "owned"]
     costs = [m * n * min(m, n) for i in free for m, n in [jobs[i][1].matrix.size]]
-    owners = dict(zip(free, assign(costs, [covers[i] or everyone for i in free], world), strict=True))
+    owners = dict(zip(free, assign(costs, [covers[i] for i in free], world), strict=True))
     batches: dict[Key, list[Job]] = defaultdict(list)
     for i, (key, job) in enumerate(jobs):
-        those = (owners[i],) if i in owners else job.owners or tuple(holders[i])
+        those = (owners[i],) if i in owners else job.owners or holders[i]
         if key.mode == "distributed" and covers[i] == holders[i]:
             key = key._replace(mode="duplicated")  # whole wherever it is
         there = key.mode != "distributed" and not set(those) <= set(covers[i])
+        back = len(holders[i]) > len(those) or not set(holders[i]) <= set(those)
         m, n = sorted(job.matrix.size)
-        key = key._replace(m=m, n=n, there=there, back=not set(holders[i]) <= set(those))
-        batches[key].append(job._replace(owners=those))
+        batches[key._replace(m=m, n=n, there=there, back=back)].append(job._replace(owners=those))
     return [
         Round(key, each, me, group)
         for key, these in sorted(batches.items(), key=lambda item: item[0].m * item[0].n * len(item[1]))

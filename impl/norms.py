@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from impl.layout import Layout
 from impl.options import algorithms
-from impl.shards import group_of, local, own_sections
+from impl.placement import group_of, local, own_sections
 from impl.stages import pieces
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from impl.layout import ALGORITHMS, Layout, check_layout
+from impl.placement import SHARD_MODES, check_shards
 from impl.schedules import schedule
-from impl.shards import SHARD_MODES, check_shards
 
 SCALES = (None, "original", "match_rms_adamw")
 SMALLEST = 2.0**-126  # float32's smallest normal number

@@ -12,7 +12,8 @@ from impl.exchange import Block, Round
 from impl.layout import Layout
 from impl.options import lr_scale
 from impl.orthogonalize import orthogonalize_batch as orthogonalize
-from impl.shards import local, rows
+from impl.placement import local
+from impl.shards import rows
 from impl.skip import largest, scalar
 from impl.stages import momentum, normalize_rows, write
 
@@ -73,15 +74,14 @@ class Parts:
         """The rounds, with the buffers of this rank's parts."""
         return zip(self.rounds, self.buffers, strict=True)
 
-    def solve(self, each: Round, got: Tensor) -> Tensor:
+    def solve(self, each: Round, got: Tensor, given: Tensor) -> None:
         """ORTH and VAR of the matrices that are this rank's in a round, from what has come to what is to be given back."""
         key, dtype = each.key, each.key.dtype
-        given = got.new_empty(each.given.size)
         if key.mode == "distributed":
             for block, O in zip(each.given.blocks, each.orthogonalize_parts(got), strict=True):
                 block.entries(given).copy_(O)
                 self.updates.append((block.job.entry, largest(O)))
-            return given
+            return
         X = got.new_empty(len(each.mine), key.m, key.n)
         averages = [got.new_empty(job.matrix.rows) for job in each.mine]
         for block in each.got.blocks:
@@ -101,7 +101,6 @@ class Parts:
             block.wide(given).copy_(block.place(O[b]))
             if block.averages:
                 block.average(given, dtype)[0] = block.of_rows(averages[b])
-        return given
 
     def magnitudes(self) -> tuple[Found, Found]:
         """Of what momenta would become, and of this rank's orthogonalized updates."""

@@ -5,11 +5,13 @@ It fails closed. A weight whose meaning is not known here is an error that says 
 (an embedding orthogonalized, experts taken as one matrix) trains on without a sign.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from impl.layout import Layout, check_layout
 from impl.options import OPTIONS
@@ -18,6 +20,7 @@ CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 NORM = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
+TAGS = {"skip_orthogonalization": True, "is_embedding_or_output_parameter": True, "use_muon": False}  # for AdamW
 ADVICE = (
     "say what it is: overrides={{'{0}': {{'algorithm': 'adamw'}}}} or {{'layout': Layout(...)}}, or set the attribute "
     "muon_layout or use_muon on the parameter"
@@ -41,7 +44,8 @@ def param_groups(
     """Divide a model's parameters into groups for `Muon`.   [SPEC: ROUTE-1 to ROUTE-8]
 
     In order: an override; a tag on the parameter (`skip_orthogonalization`, `is_embedding_or_output_parameter`,
-    `use_muon`); its role (embedding, output head, fewer than two dimensions, depthwise); its `muon_layout` or
+    `use_muon`); its role (embedding, output head, fewer than two dimensions, depthwise); its `muon_layout`, an attribute of
+    its own or of its module (a Layout for `weight`, or a dict of them by name, which is also there after `fully_shard`);
     `num_experts`; its module. Only parameters that require a gradient are routed, tied ones once.
 
     Args:
@@ -62,6 +66,8 @@ def param_groups(
     aliases, parameters = _parameters(model)
     heads = _heads(model, aliases, head)
     chosen = _match(overrides or {}, aliases)
+    if not overrides:
+        _warn_of_lost_tags(model, parameters)
     experts = num_experts(model)
     groups: dict[Any, dict[str, Any]] = {}
     for key, names in aliases.items():
@@ -172,7 +178,7 @@ def _first_names(aliases: Mapping[int, list[str]]) -> list[str]:
 
 def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, experts: int | None) -> Route:
     """The first rule that knows the parameter. A tied parameter has several owners, and the strictest decides."""
-    for tag, value in (("skip_orthogonalization", True), ("is_embedding_or_output_parameter", True), ("use_muon", False)):
+    for tag, value in TAGS.items():
         if getattr(p, tag, None) is not None and bool(getattr(p, tag)) is value:
             return Route(f"{tag}={value}", "adamw")
     if any(isinstance(owner, EMBEDDING) for owner in owners):
@@ -185,13 +191,42 @@ def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, 
         return Route("norm", "adamw")
     if any(isinstance(owner, CONVOLUTION) and 1 < owner.groups == owner.in_channels for owner in owners):
         return Route("depthwise", "adamw")
-    layout = getattr(p, "muon_layout", None)
-    if layout is not None:
-        return Route("muon_layout", "muon", Layout.of(layout))
+    layouts = {layout for name, owner in zip(names, owners, strict=True) if (layout := _declared(name, p, owner)) is not None}
+    if len(layouts) > 1:
+        raise ValueError(f"parameter {names} is tied and has several layouts, {layouts}; {ADVICE.format(names[0])}")
+    if layouts:
+        return Route("muon_layout", "muon", layouts.pop())
     routes = {_route_matrix(name, p, owner, experts) for name, owner in zip(names, owners, strict=True)}
     if len(routes) > 1:
         raise ValueError(f"parameter {names} is tied and has several meanings; {ADVICE.format(names[0])}")
     return routes.pop()
+
+
+def _declared(name: str, p: Tensor, owner: nn.Module) -> Layout | None:
+    """The layout that a parameter has as an attribute, or that its module has for it: for its `weight`, or by name."""
+    found, here = getattr(owner, "muon_layout", None), name.rpartition(".")[2]
+    by_name = found if isinstance(found, Mapping) else {} if found is None else {"weight": found}
+    if unknown := by_name.keys() - dict(owner.named_parameters(recurse=False)).keys():
+        raise ValueError(f"muon_layout of {type(owner).__name__}, which has {name}, names {sorted(unknown)}, which it has not")
+    layouts = [Layout.of(layout) for layout in (getattr(p, "muon_layout", None), by_name.get(here)) if layout is not None]
+    if len(set(layouts)) > 1:
+        raise ValueError(f"parameter {name} has one layout, {layouts[0]}, and its module another for it, {layouts[1]}")
+    return layouts[0] if layouts else None
+
+
+def _warn_of_lost_tags(model: nn.Module, parameters: Mapping[int, Tensor]) -> None:
+    """Say that a parameter's attributes are gone once it is a DTensor, unless something shows that they are not needed."""
+    tags = (*TAGS, "muon_layout", "num_experts")
+    kept = any(hasattr(p, tag) for p in parameters.values() for tag in tags)
+    kept = kept or any(hasattr(module, "muon_layout") for module in model.modules())
+    if not kept and any(isinstance(p, DTensor) for p in parameters.values()):
+        warnings.warn(
+            "parameters are DTensors and none has a tag. fully_shard and parallelize_module make new parameters, without "
+            "the attributes of the old ones: if there were any, put muon_layout on the module instead, or use overrides; "
+            "report() shows how every parameter is stepped",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _route_matrix(name: str, p: Tensor, owner: nn.Module, experts: int | None) -> Route:

@@ -20,9 +20,10 @@ from impl.batches import DTYPES, Entry, States, usable
 from impl.exchange import Key, rounds
 from impl.layout import Layout
 from impl.parts import Parts, direction, rate
+from impl.placement import Boxes, boxes, group_of, local
 from impl.schedules import schedule
 from impl.sharded_plan import ShardedPlan
-from impl.shards import Boxes, Matrix, Rect, group_of, local, matrices, rows
+from impl.shards import Matrix, Rect, matrices, rows
 from impl.skip import GRADIENT, ORTHOGONALIZATION, largest
 from impl.stages import adamw, write
 from impl.state import state_dtype
@@ -75,7 +76,7 @@ class Sharded:
             if options["algorithm"] == "adamw":
                 self.elementwise.append((i, None))
                 continue
-            held = Boxes(p, layout, ranks)
+            held = boxes(p, layout, ranks)
             plan = schedule(options["ns_coefficients"], options["ns_steps"])
             fast = usable(self.device) and p.dtype in DTYPES and options["shard_mode"] != "distributed"
             wire = torch.float16 if fast else state_dtype(p)
@@ -143,7 +144,8 @@ class Sharded:
                 under_way = queue[k + 1][0].send(queue[k + 1][1])
             if work is not None:
                 work.wait()
-            given = worker.solve(each, got)
+            given = each.to_give(held)
+            worker.solve(each, got, given)
             self.returning.append((each.give(given, held), given))
 
     def magnitudes(self) -> tuple[list[Tensor], list[Tensor]]:

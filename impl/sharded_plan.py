@@ -18,7 +18,8 @@ from impl.operands import Form, Launches, Operands, groups_of
 from impl.options import lr_scale
 from impl.owned import Owned, Run, runs
 from impl.parts import variance
-from impl.shards import local, rows
+from impl.placement import local
+from impl.shards import rows
 from impl.stages import write
 
 
@@ -139,10 +140,10 @@ class ShardedPlan:
         """The rounds, with the buffers of this rank's parts."""
         return zip(self.rounds, self.buffers, strict=True)
 
-    def solve(self, each: Round, got: Tensor) -> Tensor:
+    def solve(self, each: Round, got: Tensor, given: Tensor) -> None:
         """ORTH and VAR of the matrices that are this rank's in a round, from what has come to what is to be given back."""
         with torch.cuda.device(self.device):
-            return self.owned[self.rounds.index(each)].solve(each, got)
+            self.owned[self.rounds.index(each)].solve(each, got, given)
 
     def magnitudes(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of what momenta would become, and of this rank's orthogonalized updates."""

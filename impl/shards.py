@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of which matrix every rank holds, and who is to orthogonalize it; nothing here communicates.   [SPEC: DIST]"""
+"""A parameter that is divided among ranks: where, in a rank's part of it, the parts of its matrices are."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as shape_and_offset
 
 from impl.layout import Layout, Section, rows_columns
-
-SHARD_MODES = ("owned", "duplicated", "distributed", "blockwise")
 
 
 class Matrix(NamedTuple):
@@ -66,23 +58,6 @@ class Rect(NamedTuple):
     def of(self, T: Tensor) -> Tensor:
         """Its entries in a rank's own part, which is given as a matrix of rows."""
         return T[self.top : self.top + self.rows, self.left : self.left + self.columns]
-
-
-def local(T: Tensor) -> Tensor:
-    """This rank's part."""
-    return T.to_local() if isinstance(T, DTensor) else T
-
-
-def group_of(p: Tensor, replicas: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The process group of all ranks on which a parameter lies; None for this rank alone."""
-    if not isinstance(p, DTensor):
-        return replicas
-    mesh: DeviceMesh = p.device_mesh
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh.size() == dist.get_world_size() and dist.group.WORLD is not None:
-        return dist.group.WORLD
-    return mesh._flatten().get_group()
 
 
 def matrices(layout: Layout, shape: Sequence[int]) -> Iterator[Matrix]:
@@ -146,103 +121,7 @@ def restrict(matrix: Matrix, held: Box) -> Matrix | None:
     return matrix._replace(runs=runs, left=left, columns=right - left) if runs and left < right else None
 
 
-def check_shards(p: Tensor, layout: Layout, mode: str) -> None:
-    """Raise ValueError unless a parameter's placements and its group's shard_mode fit.   [SPEC: DIST-10]"""
-    if isinstance(p, DTensor):
-        if any(place.is_partial() for place in p.placements):
-            raise ValueError(f"a weight cannot be a sum over ranks, found {p.placements}")
-        held = Boxes(p, layout, p.device_mesh.mesh.flatten().tolist())
-        for matrix in matrices(layout, p.shape) if mode == "distributed" else ():
-            held.cut_rows(matrix)
-
-
 def rows(layout: Layout, T: Tensor) -> Tensor:
     """A rank's part as a matrix of rows."""
     height = T.shape[0] if layout.flatten else math.prod(T.shape[:-1])
     return T.view(height, T.numel() // height if height else 0)
-
-
-def own_sections(p: DTensor, layout: Layout, T: Tensor) -> list[tuple[str, Tensor]]:
-    """The parts of this rank's part of p, each with its algorithm."""
-    ranks = p.device_mesh.mesh.flatten().tolist()
-    held, me = Boxes(p, layout, ranks), ranks.index(dist.get_rank())
-    every = matrices(layout, p.shape)
-    return [(matrix.section.algorithm, rect.of(rows(layout, T))) for matrix in every for rect in held.of(matrix, me)]
-
-
-@lru_cache
-def _intervals(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(offset, size) at every coordinate of a mesh, in order; ValueError if a rank's part is no run in a dimension."""
-    found = [shape_and_offset(shape, mesh, list(at), placements)[::-1] for at in product(*map(range, mesh))]
-    for dim, length in enumerate(shape):
-        end = 0
-        for start, size in sorted({(offset[dim], size[dim]) for offset, size in found if size[dim]}):
-            if start != end:
-                raise ValueError(f"placements {placements} on a mesh {mesh} leave gaps in a rank's part of dimension {dim}")
-            end = start + size
-        if end != length and 0 not in shape:
-            raise ValueError(f"placements {placements} on a mesh {mesh} do not cover dimension {dim}")
-    return tuple(found)
-
-
-class Boxes:
-    """What every rank of a process group holds of a parameter, as its placements say; all of it if it is no DTensor."""
-
-    def __init__(self, p: Tensor, layout: Layout, ranks: Sequence[int]) -> None:
-        self.held: tuple[Box | None, ...] = (box(layout, p.shape, [0] * p.ndim, p.shape),) * len(ranks)
-        if isinstance(p, DTensor):
-            mesh = p.device_mesh
-            found = _intervals(tuple(p.shape), tuple(mesh.shape), tuple(p.placements))
-            at = dict(zip(mesh.mesh.flatten().tolist(), found, strict=True))
-            self.held = tuple(box(layout, p.shape, *at[rank]) for rank in ranks)
-        self.copies: dict[Box, list[int]] = defaultdict(list)
-        for rank, each in enumerate(self.held):
-            if each is not None:
-                self.copies[each].append(rank)
-
-    def of(self, matrix: Matrix, rank: int, rows: bool = False) -> list[Rect]:
-        """The parts of a matrix that a rank holds."""
-        return part(matrix, self.held[rank], rows)
-
-    def sender(self, rank: int, owner: int) -> int:
-        """Of the ranks that hold what `rank` holds, the one in the replica that the owner is in."""
-        mine, home = self.held[rank], self.held[owner]
-        if mine is None:
-            return rank
-        same = self.copies[mine]
-        return same[(owner if home is None else self.copies[home].index(owner)) % len(same)]
-
-    def first(self, rank: int) -> bool:
-        """Whether, of the ranks that hold what `rank` holds, it is the first."""
-        mine = self.held[rank]
-        return mine is not None and self.copies[mine][0] == rank
-
-    def holders(self, matrix: Matrix, rows: bool) -> list[int]:
-        """The ranks that hold a part of a matrix."""
-        return sorted(rank for box, ranks in self.copies.items() if part(matrix, box, rows) for rank in ranks)
-
-    def covers(self, matrix: Matrix) -> list[int]:
-        """The ranks that hold all of it."""
-        sizes = {box: sum(rect.rows * rect.columns for rect in part(matrix, box)) for box in self.copies}
-        return sorted(r for box, ranks in self.copies.items() if sizes[box] == matrix.rows * matrix.columns for r in ranks)
-
-    def cut_rows(self, matrix: Matrix) -> bool:
-        """Whether ranks hold some of a matrix's rows, whole; ValueError unless it is that or some of its columns."""
-        rects = [rect for box in self.copies for rect in part(matrix, box)]
-        if all(rect.rows == matrix.rows for rect in rects):
-            return False
-        if any(rect.columns < matrix.columns for rect in rects):
-            raise ValueError(f"shard_mode='distributed' needs matrices cut in one dimension, found {matrix.size} cut in two")
-        return True
-
-
-def assign(costs: Sequence[float], candidates: Sequence[Sequence[int]], world: int) -> list[int]:
-    """An owner for each matrix: the largest first, each to the candidate with the least to do.
-
-    Matrices with few candidates, which lie whole on some ranks and should stay there, come before all others.
-    """
-    loads, owners = [0.0] * world, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (len(candidates[i]) == world, -costs[i])):
-        owners[i] = min(candidates[i], key=loads.__getitem__)
-        loads[owners[i]] += costs[i]
-    return owners

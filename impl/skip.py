@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from impl.shards import group_of
+from impl.placement import group_of
 
 # What a step can come to, as the number on the device: the largest that any parameter or rank has decides.
 TAKEN, ORTHOGONALIZATION, GRADIENT, FOUND_INF = range(4)

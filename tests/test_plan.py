@@ -199,8 +199,8 @@ def test_what_replays_have_overwritten_is_written_again(device, take, capturing)
     with capturing():
         take(True, fast, gradients[1:2])
     for each in gradients[2:]:
-        plan.pointers.zero_()
-        plan.hyper.zero_()
+        plan.operands.pointers.zero_()
+        plan.operands.hyper.zero_()
         take(True, fast, [each])
     assert [*fast.plans.values()] == [plan]
     accept_alike(fast, slow, before)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many collectives a step takes, and how large they are, counted in a world of 1024 ranks that does not exist."""
+
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from conformance.ranks import spread
+from conformance.worlds import Log
+from impl import Layout, Muon
+
+WORLD = 1024
+# A layer of a Llama 3 8B, as many rows, few columns.
+LAYER = ((4096, 64), (1024, 64), (1024, 64), (4096, 64), (14336, 64), (14336, 64), (4096, 224))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    yield DeviceMesh("cpu", torch.arange(WORLD), mesh_dim_names=("ranks",))
+    dist.destroy_process_group()
+
+
+def collectives(mesh: DeviceMesh, shapes: list[tuple[int, ...]], cls: type = Muon, **options) -> list[tuple[str, int]]:
+    """Those of a second step, with the bytes that this rank puts in."""
+    parameters = [nn.Parameter(spread(torch.zeros(shape), mesh, [Shard(0)])) for shape in shapes]
+    optimizer = cls(parameters, **options)
+    for p in parameters:
+        p.grad = spread(torch.ones(p.shape), mesh, [Shard(0)])
+    log = Log()
+
+    def all_to_all(output, source, *args, **kwargs):  # the fake one refuses an empty source
+        log.found.append(("all_to_all", source.nbytes))
+        return mock.Mock()
+
+    with mock.patch.object(dist, "all_to_all_single", all_to_all):
+        optimizer.step()
+        log.found.clear()
+        with log:
+            optimizer.step()
+    return [(name.partition("_.")[0], size) for name, size in log.found]
+
+
+def test_two_for_each_shape_and_two_more(mesh):
+    for layers in (1, 4):
+        found = [name for name, _ in collectives(mesh, list(LAYER * layers))]
+        assert len({tuple(sorted(shape)) for shape in LAYER}) == 4
+        assert found == ["allreduce", *["all_to_all"] * 8, "allreduce"]
+
+
+def test_torchs_muon_takes_eleven_for_each_matrix(mesh):
+    found = [name for name, _ in collectives(mesh, list(LAYER), torch.optim.Muon) if "reduce" in name]
+    assert len(found) == 11 * len(LAYER)
+
+
+def test_a_rank_sends_its_own_parts_and_one_byte(mesh):
+    """A part is filled up to rows of 8 numbers; rank 0 owns the first matrix, and gives it back."""
+    found = collectives(mesh, [(8 * WORLD, 16)] * 3)
+    assert found == [("allreduce", 4 * 3), ("all_to_all", 4 * 3 * 8 * 16), ("all_to_all", 4 * 8 * WORLD * 16), ("allreduce", 1)]
+
+
+def test_experts_that_lie_whole_do_not_travel(mesh):
+    found = collectives(mesh, [(2 * WORLD, 8, 16)] * 2, layout=Layout(blocks=2 * WORLD))
+    assert [size for _, size in found] == [4 * 2, 1]
+
+
+def test_a_large_model_is_planned_in_seconds(mesh):
+    """48 layers of 128 experts: 18,000 matrices."""
+    began = time.perf_counter()
+    found = collectives(mesh, [(128 * 8, 4)] * 48 * 3, layout=Layout(blocks=128))
+    assert [name for name, _ in found] == ["allreduce", "all_to_all", "all_to_all", "allreduce"]
+    assert time.perf_counter() - began < 30
