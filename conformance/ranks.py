@@ -38,6 +38,9 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "2x3 by columns, copied": ((2, 3), ("R", "S1")),
     "2x2x2 by rows, copied, by columns": ((2, 2, 2), ("S0", "R", "S1")),
 }
+ONE = (
+    threading.Lock()
+)  # at a time: torch's rules for operations on DTensors are not made by threads side by side without crashes
 Part = tuple[Tensor, tuple[slice, ...]]  # of a tensor, and where it is in that
 
 
@@ -94,8 +97,9 @@ def where(shape: torch.Size, mesh: DeviceMesh, placements: Any) -> tuple[slice, 
 
 def part(T: Tensor) -> Part:
     if isinstance(T, DTensor):
-        own: Any = T.detach()
-        return own.to_local().cpu().clone(), where(T.shape, T.device_mesh, T.placements)
+        with torch.no_grad():
+            own = T.to_local()
+        return own.cpu().clone(), where(T.shape, T.device_mesh, T.placements)
     return T.detach().cpu().clone(), ()
 
 

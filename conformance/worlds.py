@@ -15,12 +15,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode  # type: ignore[attr-defined]
+from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = timedelta(seconds=15)
+if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it and has it not
+    threaded.ThreadLocalWorld.comms = []  # type: ignore[attr-defined]
 
 
 class Log(TorchDispatchMode):
@@ -43,6 +46,8 @@ def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
     """The results of function(rank, *arguments) on ranks that are threads."""
     if torch.cuda.is_available():
         torch.cuda.init()  # or else each thread would be told to choose a device
+    with FakeTensorMode():
+        pass  # it would have every thread put something global in order where a CUDA build finds no GPU
     threaded.ProcessLocalGroup.reset()
     threaded._install_threaded_pg()
     _set_thread_isolation_mode(True)
