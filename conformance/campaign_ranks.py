@@ -14,19 +14,21 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance import accept
 from conformance.ranks import MESHES, Case, Outcome, Weight, together
 from conformance.strategies import HYPER
-from conformance.target import Target, load
+from conformance.target import Target, Unsupported, load
 from conformance.worlds import processes, threads
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((6, 6)))
@@ -67,26 +69,35 @@ def poisoned(target: Target, mesh: str, struck: tuple[int, ...], mode: str = "ow
             accept.same_bits(actual=each.parts[name][0], expected=T)
 
 
+class Strike(TorchDispatchMode):
+    """Has something happen before collective number `point`."""
+
+    def __init__(self, point: int, happens: Callable[[], Any]) -> None:
+        super().__init__()
+        self.left, self.happens = point, happens
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.left -= 1
+            if self.left == -1:
+                self.happens()
+        return func(*args, **(kwargs or {}))
+
+
 def struck(rank: int, path: str, device: str, case: Case, victim: int, point: int, delay: float | None) -> Outcome:
     """The case, in which one rank dies, or is late, before its collective number `point`."""
-    calls = iter(range(10**6))
-
-    def late(healthy: Any) -> Any:
-        def collective(*args: Any, **kwargs: Any) -> Any:
-            if rank == victim and next(calls) == point:
-                os._exit(1) if delay is None else time.sleep(delay)
-            return healthy(*args, **kwargs)
-
-        return collective
-
-    names = ("all_reduce", "all_to_all_single")
-    with mock.patch.multiple(dist, **{name: late(getattr(dist, name)) for name in names}):
+    happens = partial(os._exit, 1) if delay is None else partial(time.sleep, delay)
+    with Strike(point, happens) if rank == victim else nullcontext():
         return together(rank, load(path), case, device)
 
 
 def dead(path: str, folder: Path, point: int, ranks: int = RANKS, device: str = "cpu") -> None:
     """Let a rank die; AssertionError unless the others fail, TimeoutError if one of them hangs."""
     found = processes(ranks, folder, device, struck, path, device, Case((ranks,), ("S0",), WEIGHTS), 1, point, None)
+    if any(isinstance(text, str) and "target.Unsupported" in text for text in found):
+        raise Unsupported("it does not step these parameters on several ranks")
     assert found[1] is None, f"the rank did not come to its collective number {point}"
     for text in found[:1] + found[2:]:
         # NCCL's watchdog may end a process that does not look at its collectives itself.

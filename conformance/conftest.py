@@ -20,7 +20,13 @@ ORDER = ("failed", "xfailed", "passed", "unsupported", "skipped")
 
 # Reproducible by default, so that a list of known failures cannot flicker; --hypothesis-profile=deep explores.
 settings.register_profile(
-    "suite", derandomize=True, max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    "suite",
+    derandomize=True,
+    max_examples=20,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,  # one that is Unsupported is no group of errors
 )
 settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("suite")

@@ -38,9 +38,6 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "2x3 by columns, copied": ((2, 3), ("R", "S1")),
     "2x2x2 by rows, copied, by columns": ((2, 2, 2), ("S0", "R", "S1")),
 }
-ONE = (
-    threading.Lock()
-)  # at a time: torch's rules for operations on DTensors are not made by threads side by side without crashes
 Part = tuple[Tensor, tuple[slice, ...]]  # of a tensor, and where it is in that
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
             results[rank] = function(rank, *arguments)
         except BaseException as error:  # SystemExit ends the others
             errors.append(error)
-            threaded.ProcessLocalGroup.exception_handle(error)
+            with suppress(RuntimeError):  # several threads may be at it
+                threaded.ProcessLocalGroup.exception_handle(error)
         finally:
-            dist.destroy_process_group()
+            with suppress(Exception):  # the error that counts has been noted
+                dist.destroy_process_group()
 
     try:
         each = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
