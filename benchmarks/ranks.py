@@ -200,7 +200,8 @@ def main() -> None:
         folder = Path(__file__).parent / "results" / (os.environ.get("BENCHMARK_GPU", "nvidia-h200") if gpu else "cpu")
         if gpu:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"ranks-{size}.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+            told = {"commit": os.environ.get("BENCHMARK_COMMIT"), "torch": torch.__version__, **peers.versions(), "rows": rows}
+            (folder / f"ranks-{size}.json").write_text(json.dumps(told, indent=1) + "\n")
     dist.destroy_process_group()
 
 

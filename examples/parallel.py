@@ -71,6 +71,11 @@ class Ranks:
             raise InputError(f"--parallel {self.kind}: {len(batch)} sequences cannot be divided among {self.size} processes")
         return batch.chunk(self.size)[self.rank]
 
+    def part(self) -> None:
+        """Take leave of the others."""
+        dist.barrier()
+        dist.destroy_process_group()
+
     def mean(self, loss: Tensor) -> Tensor:
         """A loss over the whole batch."""
         loss = loss.detach().clone()

@@ -147,8 +147,10 @@ def command(args: argparse.Namespace) -> int:
         run = Run(optimizer=args.optimizer, lr=lr, steps=args.steps or STEPS, **shared, ranks=ranks)
         directory = make_directory(args.name or args.optimizer)
     train(run, directory)
-    if run.ranks is not None and run.ranks.rank:
-        return 0
+    if run.ranks is not None:
+        run.ranks.part()
+        if run.ranks.rank:
+            return 0
     if not run.finished:
         print(f"stopped after step {len(run.metrics)} of {run.steps}; go on with")
         print(f"python -m examples.train --resume {directory}")
