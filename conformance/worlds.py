@@ -110,7 +110,7 @@ def _process(rank: int, size: int, store: str, device: str, function: Callable[.
         torch.cuda.set_device(rank)
         # At once, since a rank waits for ever for one that dies before their first collective; and without a long farewell.
         options = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
-        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+        os.environ |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"}
     dist.init_process_group(init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT, **options)
     try:
         result = function(rank, *arguments)
