@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several ranks: threads of this process, which cost little, or processes of their own."""
 
+import faulthandler
 import os
 import threading
 import time
@@ -108,10 +109,14 @@ def _process(rank: int, size: int, store: str, device: str, function: Callable[.
     options: dict[str, Any] = {"backend": "gloo"}
     if device == "cuda":
         torch.cuda.set_device(rank)
-        # At once, since a rank waits for ever for one that dies before their first collective; and without a long farewell.
         options = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
+        # When a collective has timed out, the watchdog is to end the process without a long farewell.
         os.environ |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"}
     dist.init_process_group(init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT, **options)
+    if device == "cuda":  # NCCL's first collective waits, without a timeout, for ranks that may have died before it
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+        torch.cuda.synchronize()
+    faulthandler.dump_traceback_later(1.9 * TIMEOUT.total_seconds())  # to say where it hangs
     try:
         result = function(rank, *arguments)
     except Exception:
