@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from impl.layout import Layout
 from impl.options import OPTIONS, algorithms, check_options, check_parameters, names
+from impl.placement import local
 from impl.plan import Plan, plans
 from impl.report import report
 from impl.schedules import Coefficients
@@ -194,8 +195,11 @@ class Muon(Optimizer):
         home = {p: (name, g) for i, g in groups for name, p in zip(names(g, i), g["params"], strict=True)}
         bad = [p for (_, p, _), each in zip(rest, prepared, strict=True) if nonfinite([*each.states, *each.updates], p.device)]
         bad += [p for plan in self.plans.values() for p in plan.culprits()]
-        scale = getattr(self, "grad_scale", None)
-        return {name: {"gradient": gradient(g, p, scale), **self.state[p]} for p in bad for name, g in [home[p]]}
+        scale, found = getattr(self, "grad_scale", None), {}
+        for name, group, p in ((*home[p], p) for p in bad):
+            G = {} if p.grad is None else {"gradient": gradient(group, p, scale)}
+            found[name] = {key: local(T) for key, T in (G | self.state[p]).items()}  # this rank's part
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, complete for every trainable parameter once there is state, options as plain data.   [SPEC: STATE-1]"""

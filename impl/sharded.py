@@ -94,6 +94,10 @@ class Sharded:
 
     def prepare(self, state: States, grad_scale: Any) -> None:
         """MOM and ORTH of all matrices, and what the decision depends on. Writes nothing of the optimizer's."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step of parameters that lie on several ranks cannot be captured in a CUDA graph; take it outside"
+            )
         self.state = [state[p] for _, p in self.entries]
         self.gradients = [self._gradient(p) for _, p in self.entries]
         self.directions = {
