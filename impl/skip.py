@@ -114,7 +114,8 @@ class Tally:
 class Guard:
     """Decides whether an optimizer's step is taken.
 
-    `dump` is the path for what the first failure was made of, None once that is written.
+    `process_group` is who decides, and `given` whether the user has said so; `replicas` is kept for the optimizer, which cannot
+    copy process groups. `dump` is the path for what the first failure was made of, None once that is written.
     """
 
     def __init__(
