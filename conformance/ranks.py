@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from conformance import accept
 from conformance.steps import expected
@@ -19,7 +20,8 @@ from conformance.strategies import HYPER, tensor
 from conformance.target import Hyper, Target
 from conformance.worlds import Log, threads
 
-PLACEMENTS = {"R": Replicate(), "P": Partial(), **{f"S{dim}": Shard(dim) for dim in range(4)}}
+PLACEMENTS: dict[str, Any] = {"R": Replicate(), "P": Partial(), **{f"S{dim}": Shard(dim) for dim in range(4)}}
+PLACEMENTS["F0"] = _StridedShard(0, split_factor=2)  # FSDP2's rows of what a second dimension has divided before
 MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "1 rank": ((1,), ("S0",)),
     "2 by rows": ((2,), ("S0",)),
@@ -35,6 +37,7 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "2x2 by rows and columns": ((2, 2), ("S0", "S1")),
     "2x2 by columns and rows": ((2, 2), ("S1", "S0")),
     "2x2 by rows twice": ((2, 2), ("S0", "S0")),
+    "2x2 by rows, over tensor parallel": ((2, 2), ("F0", "S0")),
     "2x3 by columns, copied": ((2, 3), ("R", "S1")),
     "2x2x2 by rows, copied, by columns": ((2, 2, 2), ("S0", "R", "S1")),
 }
