@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strike ranks in every way and see what the others do: `python -m conformance.campaign_ranks [--target=module:Name]`.
 
-A gradient is poisoned on every subset of ranks, in every kind of placement; a rank dies before, or is late for, each
-collective of two steps, or dies after the last. A fault is answered if all ranks take the same decision and hold the state
+A gradient is poisoned on every subset of ranks, in every kind of placement; a rank dies before, or is late for, each of the
+first ten collectives of two steps. A fault is answered if all ranks take the same decision and hold the state
 that SPEC.md's DIST asks for, or, where a rank has died, if each of the others ends with an error in time.
 """
 
@@ -14,22 +14,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance import accept
 from conformance.ranks import MESHES, Case, Outcome, Weight, together
 from conformance.strategies import HYPER
-from conformance.target import Target, Unsupported, load
-from conformance.worlds import processes, threads
+from conformance.target import Target, load
+from conformance.worlds import Log, processes, threads
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((6, 6)))
 POISONED = (
@@ -45,45 +43,44 @@ RANKS = 3
 POINTS = 10
 
 
-def poisonings() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every mesh with every subset of its ranks, none included."""
-    for mesh in POISONED:
-        ranks = range(math.prod(MESHES[mesh][0]))
-        yield from ((mesh, struck) for n in range(len(ranks) + 1) for struck in itertools.combinations(ranks, n))
+def subsets(mesh: str) -> list[tuple[int, ...]]:
+    """Every subset of a mesh's ranks, none of them included."""
+    ranks = range(math.prod(MESHES[mesh][0]))
+    return [struck for n in range(len(ranks) + 1) for struck in itertools.combinations(ranks, n)]
 
 
-def poisoned(target: Target, mesh: str, struck: tuple[int, ...], mode: str = "owned", device: str = "cpu") -> None:
-    """Poison a gradient of the second step of three on these ranks; AssertionError unless that step is skipped by all."""
+@lru_cache
+def unharmed(target: Target, mesh: str, mode: str, device: str, skipped: bool) -> tuple[Case, list[Outcome]]:
+    """Three steps on a mesh without a fault, or without the second step, and what becomes of its ranks."""
     shape, placements = MESHES[mesh]
-    clean = Case(shape, placements, WEIGHTS, replace(HYPER, shard_mode=mode), steps=3)
-    if struck:
-        without = frozenset((1, rank, i) for rank in range(clean.size) for i in range(len(WEIGHTS)))
-        should = replace(clean, missing=without)
-    else:
-        should = clean
-    case = replace(clean, poison=frozenset((1, rank, (rank + len(struck)) % len(WEIGHTS)) for rank in struck))
-    found, right = (threads(case.size, together, target, each, device) for each in (case, should))
+    case = Case(shape, placements, WEIGHTS, replace(HYPER, shard_mode=mode), steps=3)
+    if skipped:
+        case = replace(case, missing=frozenset((1, rank, i) for rank in range(case.size) for i in range(len(WEIGHTS))))
+    return case, threads(case.size, together, target, case, device)
+
+
+def accept_poisoned(target: Target, mesh: str, struck: tuple[int, ...], mode: str = "owned", device: str = "cpu") -> None:
+    """Poison a gradient of the second step of three on these ranks; AssertionError unless that step is skipped by all."""
+    case, right = unharmed(target, mesh, mode, device, bool(struck))
+    poison = frozenset((1, rank, (rank + len(struck)) % len(WEIGHTS)) for rank in struck)
+    found = threads(case.size, together, target, replace(case, missing=frozenset(), poison=poison), device)
     for each, other in zip(found, right, strict=True):
         assert accept.equal(each.skipped, {**other.skipped, "gradient": int(bool(struck))}), each.skipped
         for name, (T, _) in other.parts.items():
             accept.same_bits(actual=each.parts[name][0], expected=T)
 
 
-class Strike(TorchDispatchMode):
+class Strike(Log):
     """Has something happen before collective number `point`."""
 
     def __init__(self, point: int, happens: Callable[[], Any]) -> None:
         super().__init__()
-        self.left, self.happens = point, happens
+        self.point, self.happens = point, happens
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.left -= 1
-            if self.left == -1:
-                self.happens()
-        return func(*args, **(kwargs or {}))
+    def collective(self, name: str, size: int) -> None:
+        if len(self.found) == self.point:
+            self.happens()
+        super().collective(name, size)
 
 
 def struck(rank: int, path: str, device: str, case: Case, victim: int, point: int, delay: float | None) -> Outcome:
@@ -93,18 +90,16 @@ def struck(rank: int, path: str, device: str, case: Case, victim: int, point: in
         return together(rank, load(path), case, device)
 
 
-def dead(path: str, folder: Path, point: int, ranks: int = RANKS, device: str = "cpu") -> None:
+def accept_dead(path: str, folder: Path, point: int, ranks: int = RANKS, device: str = "cpu") -> None:
     """Let a rank die; AssertionError unless the others fail, TimeoutError if one of them hangs."""
     found = processes(ranks, folder, device, struck, path, device, Case((ranks,), ("S0",), WEIGHTS), 1, point, None)
-    if any(isinstance(text, str) and "target.Unsupported" in text for text in found):
-        raise Unsupported("it does not step these parameters on several ranks")
     assert found[1] is None, f"the rank did not come to its collective number {point}"
     for text in found[:1] + found[2:]:
         # NCCL's watchdog may end a process that does not look at its collectives itself.
         assert (text is None and device == "cuda") or (isinstance(text, str) and "Error" in text), f"a rank went on: {text}"
 
 
-def late(path: str, folder: Path, point: int, ranks: int = RANKS, device: str = "cpu") -> None:
+def accept_late(path: str, folder: Path, point: int, ranks: int = RANKS, device: str = "cpu") -> None:
     """Let a rank be late; AssertionError unless nothing comes of it."""
     case = Case((ranks,), ("S0",), WEIGHTS)
     found = processes(ranks, folder, device, struck, path, device, case, 0, point, 0.3)
@@ -117,9 +112,9 @@ def campaign(path: str) -> tuple[int, int, int]:
     """How many faults were injected, how many were answered, and how many left a rank hanging."""
     target, answers = load(path), []
     with tempfile.TemporaryDirectory() as folder:
-        todo = [(lambda m=m, s=s: poisoned(target, m, s), f"poisoned, {m}: {s}") for m, s in poisonings()]
-        todo += [(lambda n=n: dead(path, Path(folder), n), f"rank 1 of {RANKS} dies, collective {n}") for n in range(POINTS)]
-        todo += [(lambda n=n: late(path, Path(folder), n), f"rank 0 of {RANKS} is late, collective {n}") for n in range(POINTS)]
+        todo = [(partial(accept_poisoned, target, m, s), f"poisoned, {m}: {s}") for m in POISONED for s in subsets(m)]
+        for accept_it, what in ((accept_dead, "rank 1 dies before"), (accept_late, "rank 0 is late for")):
+            todo += [(partial(accept_it, path, Path(folder), n), f"{what} collective {n}") for n in range(POINTS)]
         for done, (fault, name) in enumerate(todo):
             try:
                 fault()

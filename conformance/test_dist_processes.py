@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import DeviceMesh
 
 from conformance import accept
-from conformance.campaign_ranks import dead, late
+from conformance.campaign_ranks import accept_dead, accept_late
 from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, outcome, take, together
 from conformance.strategies import FUSED, HYPER
 from conformance.target import Target, Unsupported, load
@@ -52,8 +52,6 @@ def accept_results(found: list[Any], kind: type) -> None:
     """All ranks came to their end."""
     __tracebackhide__ = True
     failed = [str(text) for text in found if not isinstance(text, kind)]
-    if any("target.Unsupported" in text for text in failed):
-        raise Unsupported("it does not step these parameters on several ranks")
     assert not failed, "\n".join(failed)
 
 
@@ -158,9 +156,9 @@ def test_checkpoints_go_from_any_number_of_ranks_to_any_other(request, target, r
 @pytest.mark.clause("DIST-11")
 @pytest.mark.parametrize("point", [0, 2, 5])
 def test_a_rank_that_dies_makes_the_others_fail(request, ranks, device, tmp_path: Path, point):
-    dead(request.config.getoption("--target"), tmp_path, point, ranks, device.type)
+    accept_dead(request.config.getoption("--target"), tmp_path, point, ranks, device.type)
 
 
 @pytest.mark.clause("DIST-11", "DIST-4")
 def test_a_rank_that_is_late_changes_nothing(request, ranks, device, tmp_path: Path):
-    late(request.config.getoption("--target"), tmp_path, 3, ranks, device.type)
+    accept_late(request.config.getoption("--target"), tmp_path, 3, ranks, device.type)

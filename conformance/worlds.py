@@ -23,6 +23,8 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conformance.target import Unsupported
+
 TIMEOUT = timedelta(seconds=15)
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it and has it not
     threaded.ThreadLocalWorld.comms = []  # type: ignore[attr-defined]
@@ -39,9 +41,12 @@ class Log(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its parts comes here again
         if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = pytree.tree_leaves(args)
-            self.found.append((func.__name__, sum(T.nbytes for T in tensors if isinstance(T, Tensor))))
+            self.collective(func.__name__, sum(T.nbytes for T in pytree.tree_leaves(args) if isinstance(T, Tensor)))
         return func(*args, **(kwargs or {}))
+
+    def collective(self, name: str, size: int) -> None:
+        """One is about to run."""
+        self.found.append((name, size))
 
 
 def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -101,7 +106,10 @@ def processes(size: int, folder: Path, device: str, function: Callable[..., Any]
     if hung:
         raise TimeoutError(f"ranks {hung} were still at it after {2 * TIMEOUT.total_seconds():.0f} s")
     found = [Path(f"{store}.{rank}") for rank in range(size)]
-    return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+    results = [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+    if any(isinstance(text, str) and "target.Unsupported" in text for text in results):
+        raise Unsupported("it does not step these parameters on several ranks")
+    return results
 
 
 def _process(rank: int, size: int, store: str, device: str, function: Callable[..., Any], arguments: Any) -> None:
