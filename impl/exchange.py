@@ -72,8 +72,8 @@ class Block(NamedTuple):
 
     def wide(self, buffer: Tensor) -> Tensor:
         """The part as it lies there: of a matrix with no more rows than columns."""
-        width = self.rect.rows if self.job.tall else self.rect.columns
-        return buffer[self.start : self.start + self.height * self.stride].view(self.height, self.stride)[:, :width]
+        rows = buffer[self.start : self.start + self.height * self.stride].view(self.height, self.stride)
+        return rows[:, : self.corner[3]]
 
     def entries(self, buffer: Tensor) -> Tensor:
         """The part as it lies in the parameter."""

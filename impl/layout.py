@@ -43,6 +43,9 @@ class Layout:
     sections: tuple[Section, ...] = ()
     flatten: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sections", tuple(self.sections))  # a list would do, but has no hash
+
     @classmethod
     def of(cls, value: "Layout | dict | None") -> "Layout":
         """A layout from what a group holds: one already, the plain data that a state dict keeps, or None."""

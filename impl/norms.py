@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from impl.layout import Layout
 from impl.options import algorithms
-from impl.placement import group_of, local, own_sections
+from impl.placement import group_of, local, own_gradient, own_sections
 from impl.stages import pieces
 
 
@@ -174,12 +174,9 @@ def _by_ranks(
 
 def counted(each: Gradient) -> Tensor:
     """The entries of a gradient that this rank counts: of those that several ranks hold, one rank counts them."""
-    p, G = each.p, each.p.grad
-    if not isinstance(p, DTensor) or not isinstance(G, DTensor):
+    p, own = each.p, own_gradient(each.p)
+    if not isinstance(p, DTensor) or own is None:
         return each.G
-    if G.placements != p.placements:
-        G = G.redistribute(placements=p.placements)
-    own = G.to_local()
     own = torch.view_as_real(own) if own.is_complex() else own
     at = p.device_mesh.get_coordinate() or ()
     if any(index and place.is_replicate() for index, place in zip(at, p.placements, strict=True)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from impl import operands
 from impl.exchange import Block, Round
+from impl.layout import Section
 from impl.operands import Launches
 
 
@@ -25,8 +26,8 @@ class Run:
         return buffer[one.start : one.start + len(self.blocks) * one.size].view(len(self.blocks), -1, one.stride)
 
     def wide(self, buffer: Tensor) -> Tensor:
-        width = self.first.rect.rows if self.first.job.tall else self.first.rect.columns
-        return self.rows(buffer)[:, : self.first.height, :width]
+        """The parts as they lie there."""
+        return self.rows(buffer)[:, : self.first.height, : self.first.corner[3]]
 
 
 def runs(blocks: Sequence[Block], form: Callable[[Block], Any]) -> list[Run]:
@@ -61,6 +62,7 @@ class Owned:
         return runs(blocks, lambda block: (block.corner, each.index[block.job.number] - position[id(block)]))
 
     def _normuon(self, each: Round, beta2: float, device: torch.device) -> None:
+        from impl.kernels.places import places
         from impl.kernels.variance import variance as launches
 
         self.V, self.row_scale = [], []
@@ -71,9 +73,7 @@ class Owned:
                 continue
             height, width = jobs[0].matrix.size
             V, row_scale, squares = torch.zeros(3, len(jobs), height, device=device)
-            first = torch.arange(len(jobs), device=device) * height
-            fields = [torch.full_like(first, value) for value in (0, height, 0, 1)]
-            table = torch.stack([fields[0], first, *fields[1:]], dim=1)
+            table = places(0, Section(height), torch.empty(len(jobs), 1, 1, height, 1, device="meta"), device)
             pointers = torch.tensor([0, 0, 1, V.data_ptr()], dtype=torch.int64, device=device)
             where = (height, width, table, pointers, 1, code)
             self.variances += launches(self.O[those], *where, beta2, squares, row_scale)

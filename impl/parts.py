@@ -14,23 +14,10 @@ from impl.options import lr_scale
 from impl.orthogonalize import orthogonalize_batch as orthogonalize
 from impl.placement import local
 from impl.shards import rows
-from impl.skip import largest, scalar
-from impl.stages import momentum, normalize_rows, write
+from impl.skip import largest
+from impl.stages import descend, momentum, normalize_rows, write
 
 Found = list[tuple[int, Tensor]]  # parameter number, largest magnitude
-
-
-def direction(group: Mapping[str, Any], G: Tensor, dtype: torch.dtype, grad_scale: Tensor | float | None) -> Tensor:
-    """The descent gradient, without the loss scale, of one that was computed.   [SPEC: SKIP-9, MOM-5]"""
-    G = G.to(dtype)
-    if grad_scale is not None:
-        G = G / scalar(grad_scale, G.device)
-    return -G if group["maximize"] else G
-
-
-def rate(group: Mapping[str, Any]) -> Any:
-    """The learning rate: in float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr."""
-    return group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
 
 
 def variance(layout: Layout, state: Mapping[str, Tensor], block: Block) -> Tensor:
@@ -111,13 +98,11 @@ class Parts:
         for each, held, momenta in zip(self.rounds, self.buffers, self.momenta, strict=True):
             for block, M in zip(each.held.blocks, momenta, strict=True):
                 i, layout = block.job.entry, self.layouts[block.job.entry]
-                options, lr = self.entries[i][0], rate(self.entries[i][0])
+                options = self.entries[i][0]
                 write(block.rect.of(rows(layout, local(self.state[i]["momentum_buffer"]))), M, hold[i])
                 if block.averages:
                     write(variance(layout, self.state[i], block), block.average(held, each.key.dtype)[0], skip[i])
                 scale = lr_scale(*block.job.matrix.size, options["adjust_lr_fn"])
                 W = block.rect.of(rows(layout, weights[i]))
-                # Products, then a difference: each rounded by itself, so an entry's bits do not depend on its position.
-                kept = W.to(each.key.dtype) * (1 - lr * options["weight_decay"])
-                write(W, kept.sub_(block.entries(held) * (lr * scale)).to(W.dtype), skip[i])
+                write(W, descend(options, W.to(each.key.dtype), block.entries(held), scale).to(W.dtype), skip[i])
         self.buffers, self.momenta = [], []

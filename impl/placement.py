@@ -25,6 +25,14 @@ def local(T: Tensor) -> Tensor:
     return T.to_local() if isinstance(T, DTensor) else T
 
 
+def own_gradient(p: Tensor) -> Tensor | None:
+    """This rank's part of p's gradient, which may still have to be summed over ranks."""
+    G = p.grad
+    if isinstance(p, DTensor) and isinstance(G, DTensor) and G.placements != p.placements:
+        G = G.redistribute(placements=p.placements)
+    return None if G is None else local(G)
+
+
 def group_of(p: Tensor, replicas: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The process group of all ranks on which a parameter lies; None for this rank alone."""
     if not isinstance(p, DTensor):

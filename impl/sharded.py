@@ -14,18 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from impl.batches import DTYPES, Entry, States, usable
 from impl.exchange import Key, rounds
 from impl.layout import Layout
-from impl.parts import Parts, direction, rate
-from impl.placement import Boxes, boxes, group_of, local
+from impl.parts import Parts
+from impl.placement import Boxes, boxes, group_of, local, own_gradient
 from impl.schedules import schedule
 from impl.sharded_plan import ShardedPlan
 from impl.shards import Matrix, Rect, matrices, rows
-from impl.skip import GRADIENT, ORTHOGONALIZATION, largest
-from impl.stages import adamw, write
+from impl.skip import GRADIENT, ORTHOGONALIZATION
+from impl.stages import adamw, adamw_magnitudes, descent, rate, write
 from impl.state import state_dtype
 
 # Options that a Sharded is made for; others may change from step to step.
@@ -101,7 +100,7 @@ class Sharded:
         self.state = [state[p] for _, p in self.entries]
         self.gradients = [self._gradient(p) for _, p in self.entries]
         self.directions = {
-            i: direction(self.entries[i][0], self.gradients[i], state_dtype(self.entries[i][1]), grad_scale)
+            i: descent(self.entries[i][0], self.gradients[i], state_dtype(self.entries[i][1]), grad_scale)
             for i in {*self.parts.members, *(i for i, _ in self.elementwise)}
         }
         present = [int(p.grad is not None) for _, p in self.entries]
@@ -112,9 +111,8 @@ class Sharded:
         telling = dist.all_reduce(known, dist.ReduceOp.MAX, group=self.group, async_op=True)
         self.found: list[tuple[int, Tensor]] = []  # parameter number, largest magnitude in what its averages would become
         for i, rect in self.elementwise:
-            beta2 = self.entries[i][0]["adamw_betas"][1]
-            G, mean, square = (self._part(i, T, rect) for T in (self.directions[i], *self._averages(i)))
-            self.found += [(i, largest(G).square() * (1 - beta2) + largest(square) * beta2), (i, largest(mean))]
+            parts = (self._part(i, T, rect) for T in (self.directions[i], *self._averages(i)))
+            self.found += [(i, T) for T in adamw_magnitudes(self.entries[i][0], *parts)]
         if telling is not None:
             telling.wait()
         self.present = known[: len(present)] != 0
@@ -123,12 +121,8 @@ class Sharded:
 
     def _gradient(self, p: Tensor) -> Tensor:
         """This rank's part of p's gradient; zero where there is none.   [SPEC: DIST-5]"""
-        G = p.grad
-        if G is None:
-            return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
-        if isinstance(p, DTensor) and isinstance(G, DTensor) and G.placements != p.placements:
-            G = G.redistribute(placements=p.placements)  # it may still have to be summed
-        return local(G).contiguous()
+        G = own_gradient(p)
+        return torch.zeros_like(local(p), memory_format=torch.contiguous_format) if G is None else G.contiguous()
 
     def _part(self, i: int, T: Tensor, rect: Rect | None) -> Tensor:
         return T if rect is None else rect.of(rows(self.layouts[i], T))

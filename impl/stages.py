@@ -50,10 +50,27 @@ def sections(
 def gradient(group: Mapping[str, Any], p: Tensor, grad_scale: Tensor | float | None) -> Tensor:
     """p's descent gradient in the dtype of its state, contiguous, without the loss scale.   [SPEC: SKIP-9]"""
     assert p.grad is not None
-    G = p.grad.to(state_dtype(p)).contiguous()
+    return descent(group, p.grad, state_dtype(p), grad_scale).contiguous()
+
+
+def descent(group: Mapping[str, Any], G: Tensor, dtype: torch.dtype, grad_scale: Tensor | float | None) -> Tensor:
+    """A gradient without the loss scale, in the direction that is to be descended.   [SPEC: SKIP-9, MOM-5]"""
+    G = G.to(dtype)
     if grad_scale is not None:
-        G = G / scalar(grad_scale, p.device)
+        G = G / scalar(grad_scale, G.device)
     return -G if group["maximize"] else G
+
+
+def rate(group: Mapping[str, Any]) -> Any:
+    """The learning rate: in float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr."""
+    return group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
+
+
+def descend(group: Mapping[str, Any], W: Tensor, O: Tensor, scale: float) -> Tensor:
+    """A part's new weight, in W's precision.   [SPEC: DECAY-1]"""
+    lr = rate(group)
+    # Products, then a difference: each rounded by itself, so an entry's bits do not depend on its position.
+    return (W * (1 - lr * group["weight_decay"])).sub_(O * (lr * scale))
 
 
 def momentum(M: Tensor, G: Tensor, beta: float, nesterov: bool) -> tuple[Tensor, Tensor]:
@@ -98,6 +115,12 @@ def adamw(group: Mapping[str, Any], part: Mapping[str, Tensor], step: Tensor, lr
     return {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
+def adamw_magnitudes(group: Mapping[str, Any], G: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> list[Tensor]:
+    """What AdamW's averages to come are no larger than, which costs no memory; not finite if they might not be."""
+    beta2 = group["adamw_betas"][1]
+    return [largest(G).square() * (1 - beta2) + largest(exp_avg_sq) * beta2, largest(exp_avg)]
+
+
 def prepare(
     group: Mapping[str, Any], p: Tensor, state: Mapping[str, Tensor], G: Tensor, check: bool, planned: bool
 ) -> Prepared:
@@ -113,10 +136,7 @@ def prepare(
             prepared.states.extend([largest(M)] if check else [])
             prepared.updates.extend([largest(O)] if check else [])
         elif check:
-            # The averages to come are no larger than these, which cost no memory.
-            beta2 = group["adamw_betas"][1]
-            squares = largest(part["G"]).square() * (1 - beta2) + largest(part["exp_avg_sq"]) * beta2
-            prepared.states.extend([squares, largest(part["exp_avg"])])
+            prepared.states.extend(adamw_magnitudes(group, part["G"], part["exp_avg"], part["exp_avg_sq"]))
     return prepared
 
 
@@ -133,8 +153,6 @@ def apply(
     if code is not None:
         code = code.to(p.device, non_blocking=True)
         skip, hold = code >= ORTHOGONALIZATION, code >= GRADIENT
-    # In float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr.
-    lr = group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
     W = p.to(state_dtype(p)).contiguous()
     step = state["step"] + 1 if "step" in state else None
     muon = zip(prepared.M, prepared.O, strict=True)
@@ -147,12 +165,10 @@ def apply(
                 O, V = normalize_rows(O, matrices(section, part["variance_buffer"]), group["normuon_beta2"])
                 write(part["variance_buffer"], V.reshape(part["variance_buffer"].shape), skip)
             scale = lr_scale(O.shape[-2], O.shape[-1], group["adjust_lr_fn"])
-            # Products, then a difference: each rounded by itself, so an entry's bits do not depend on its position.
-            moved = (part["W"] * (1 - lr * group["weight_decay"])).sub_(O.reshape(part["W"].shape) * (lr * scale))
-            write(part["W"], moved, skip)
+            write(part["W"], descend(group, part["W"], O.reshape(part["W"].shape), scale), skip)
         else:
             assert step is not None
-            for key, value in adamw(group, part, step, lr * group["adamw_lr_ratio"]).items():
+            for key, value in adamw(group, part, step, rate(group) * group["adamw_lr_ratio"]).items():
                 write(part[key], value, skip)
     if step is not None:
         write(state["step"], step, skip)

@@ -251,3 +251,10 @@ def test_a_tensor_learning_rate_of_low_precision_still_decays():
     p.grad = torch.zeros(4, 6)
     Muon([p], lr=torch.tensor(1e-3, dtype=torch.bfloat16), weight_decay=0.1).step()
     assert ((p < 1 - 0.9e-4) & (p > 1 - 1.1e-4)).all()
+
+
+def test_sections_may_be_a_list():
+    layout = Layout(sections=[Section(8), Section(4)])
+    assert layout == Layout(sections=(Section(8), Section(4))) and hash(layout) == hash(
+        Layout.of({"sections": layout.sections})
+    )
