@@ -3,12 +3,15 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.ranks
 
-On GPUs with NCCL, without them with gloo and stand-ins that show only that everything works. Every rank also takes the step
-alone, in turns with the others and at the same time as they do; efficiency is that time over ranks times the time together.
-The table and benchmarks/results/GPU/ranks-N.json have medians of milliseconds on the slowest rank:
+On GPUs with NCCL, without them with gloo and stand-ins that show only that everything works. The table and
+benchmarks/results/GPU/ranks-N.json have medians of milliseconds on the slowest rank:
 
-    step        all of it
-    orthogonal  from update directions in place to results in place: exchange included
+    plain       a step of plain tensors, which every rank takes by itself, in turns with the next two
+    alone       the same, as parameters on a mesh of this rank alone
+    together    the step of all ranks; efficiency is plain over ranks times together
+    prepare     of that, to update directions in place
+    orthogonal  from there to results in place, exchange included; its efficiency is held against that of alone
+    apply       from there to weights and states
     exchange    the all-to-alls of a step by themselves
     wire        megabytes that a rank sends, beside the least: of each matrix it sends its part, and of its own the others'
 """
@@ -34,7 +37,8 @@ from benchmarks import peers, shapes, timing
 from impl.sharded import Sharded
 
 ROUNDS = {True: 20, False: 3}
-COLUMNS = ("model", "optimizer", "alone", "together", "efficiency", "orthogonal", "efficiency ", "exchange", "wire", "least")
+COLUMNS = ("model", "optimizer", "plain", "alone", "together", "efficiency", "prepare", "orthogonal", "efficiency ", "apply")
+COLUMNS += ("exchange", "wire", "least")
 
 
 def weights(model: shapes.Model, mesh: DeviceMesh) -> list[nn.Parameter]:
@@ -51,7 +55,7 @@ def weights(model: shapes.Model, mesh: DeviceMesh) -> list[nn.Parameter]:
     return made
 
 
-def dion(made: list[nn.Parameter], mesh: DeviceMesh) -> torch.optim.Optimizer:
+def dion(made: list[nn.Parameter], mesh: DeviceMesh | None) -> torch.optim.Optimizer:
     from dion import Muon
 
     return Muon(made, mesh, lr=peers.LR, weight_decay=peers.DECAY, nesterov=True, use_gram_newton_schulz=True)
@@ -61,39 +65,44 @@ class Parts:
     """What a step consists of, by events around our own methods."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.times = device, []
+        self.device, self.marks = device, []
 
-    def clock(self) -> Any:
-        if self.device.type != "cuda":
-            return timing.time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(timing.time.perf_counter())
 
     def between(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
 
-    def orthogonalization(self, step: Callable[[], Any], rounds: int) -> float:
-        """Median milliseconds from update directions to results."""
-        began, times = [], []
-        orthogonalize, apply = Sharded._orthogonalize, Sharded.apply
+    def medians(self, step: Callable[[], Any], rounds: int) -> list[float]:
+        """Milliseconds to update directions, from there to results, and from there to weights."""
+        prepare, orthogonalize, apply = Sharded.prepare, Sharded._orthogonalize, Sharded.apply
+
+        def prepared(sharded: Sharded, *args: Any) -> None:
+            self.mark()
+            prepare(sharded, *args)
 
         def watched(sharded: Sharded) -> None:
-            began.append(self.clock())
+            self.mark()
             orthogonalize(sharded)
 
         def waited(sharded: Sharded, code: Any) -> None:
             for work, _ in sharded.returning:
                 if work is not None:
                     work.wait()
-            times.append((began[-1], self.clock()))
+            self.mark()
             apply(sharded, code)
+            self.mark()
 
-        with mock.patch.object(Sharded, "_orthogonalize", watched), mock.patch.object(Sharded, "apply", waited):
+        with mock.patch.multiple(Sharded, prepare=prepared, _orthogonalize=watched, apply=waited):
             timing.interleave({"step": lambda i: step()}, rounds, self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return statistics.median(self.between(*each) for each in times[timing.WARM_UP :])
+        steps = list(zip(*[iter(self.marks)] * 4, strict=True))[timing.WARM_UP :]
+        return [statistics.median(self.between(*each[i : i + 2]) for each in steps) for i in range(3)]
 
 
 def exchange(sharded: Sharded) -> Callable[[int], None]:
@@ -157,22 +166,23 @@ def compare(
     optimizer: str, model: shapes.Model, alone: DeviceMesh, mesh: DeviceMesh, device: torch.device, rounds: int
 ) -> dict[str, float]:
     """One rank's step beside the step of all."""
-    steppers = []
-    for on in (alone, mesh):
-        made = weights(model, on)
-        steppers.append(peers.ours_step(made) if optimizer == "ours" else dion(made, on))
-    calls = {"alone": lambda i: steppers[0].step(), "together": lambda i: steppers[1].step()}
+    steppers = {}
+    for name, on in (("plain", None), ("alone", alone), ("together", mesh)):
+        made = peers.weights(model, device) if on is None else weights(model, on)
+        steppers[name] = peers.ours_step(made) if optimizer == "ours" else dion(made, on)
+    calls: dict[str, timing.Call] = {name: lambda i, s=s: s.step() for name, s in steppers.items()}
     times = timing.interleave(calls, rounds, device)
-    one, all_ = slowest([statistics.median(times[key]) for key in ("alone", "together")], device)
-    row = {"alone": one, "together": all_, "efficiency": one / (mesh.size() * all_)}
+    row = dict(zip(times, slowest([statistics.median(each) for each in times.values()], device), strict=True))
+    row["efficiency"] = row["plain"] / (mesh.size() * row["together"])
     if optimizer != "ours":
         return row
-    sharded = [next(each for each in s.plans.values() if isinstance(each, Sharded)) for s in steppers]
-    parts = slowest([Parts(device).orthogonalization(s.step, rounds) for s in steppers], device)
-    calls = {"exchange": exchange(sharded[1])}
-    row |= {"orthogonal": parts[1], "efficiency ": parts[0] / (mesh.size() * parts[1])}
+    (sharded,) = steppers["together"].plans.values()
+    one, parts = (slowest(Parts(device).medians(steppers[name].step, rounds), device) for name in ("alone", "together"))
+    row |= dict(zip(("prepare", "orthogonal", "apply"), parts, strict=True))
+    row["efficiency "] = one[1] / (mesh.size() * parts[1])
+    calls = {"exchange": exchange(sharded)}
     row["exchange"] = slowest([statistics.median(timing.interleave(calls, rounds, device)["exchange"])], device)[0]
-    row["wire"], row["least"] = slowest(list(wire(sharded[1])), device)
+    row["wire"], row["least"] = slowest(list(wire(sharded)), device)
     return row
 
 
@@ -196,7 +206,7 @@ def main() -> None:
         print(f"{size} x {torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}; milliseconds, megabytes")
         for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
             cells = [row.get(column, "-") for column in COLUMNS]
-            print("  ".join((f"{cell:.3g}" if isinstance(cell, float) else str(cell)).ljust(16) for cell in cells).rstrip())
+            print("  ".join((f"{cell:.3g}" if isinstance(cell, float) else str(cell)).ljust(10) for cell in cells).rstrip())
         folder = Path(__file__).parent / "results" / (os.environ.get("BENCHMARK_GPU", "nvidia-h200") if gpu else "cpu")
         if gpu:
             folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,10 @@ def cases(ranks: int) -> dict[str, Case]:
     found["replicas"] = Case((ranks,), (), WEIGHTS, NORMUON)
     if ranks % 2 == 0:
         found["two dimensions"] = Case((2, ranks // 2), ("R", "S0"), WEIGHTS, NORMUON)
+        even = tuple(each for each in WEIGHTS if each.shape[0] % ranks == 0)  # torch cuts no others so
+        found["tensor parallel"] = Case((ranks // 2, 2), ("F0", "S0"), even, NORMUON)
+    experts = ((ranks + 1) * 6, 10), {"blocks": ranks + 1}
+    found["more experts than ranks"] = Case((ranks,), ("S0",), (Weight(*experts),), NORMUON)
     for mode in ("duplicated", "distributed", "blockwise"):
         found[mode] = Case((ranks,), ("S0",), WEIGHTS[:3], replace(HYPER, shard_mode=mode))
     return found

@@ -218,7 +218,7 @@ def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessG
     holders = [job.held.holders(job.matrix, key.normuon_beta2 is not None) for key, job in jobs]
     covers = [job.held.covers(job.matrix) for _, job in jobs]
     free = [i for i, (key, _) in enumerate(jobs) if key.mode == "owned"]
-    costs = [m * n * min(m, n) for i in free for m, n in [jobs[i][1].matrix.size]]
+    costs = [m * m * (3 * n + 7 * m) for i in free for m, n in [sorted(jobs[i][1].matrix.size)]]  # half of five steps' work
     owners = dict(zip(free, assign(costs, [covers[i] for i in free], world), strict=True))
     batches: dict[Key, list[Job]] = defaultdict(list)
     for i, (key, job) in enumerate(jobs):
@@ -229,11 +229,10 @@ def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessG
         back = len(holders[i]) > len(those) or not set(holders[i]) <= set(those)
         m, n = sorted(job.matrix.size)
         batches[key._replace(m=m, n=n, there=there, back=back)].append(job._replace(owners=those))
-    return [
-        Round(key, each, me, group)
-        for key, these in sorted(batches.items(), key=lambda item: item[0].m * item[0].n * len(item[1]))
-        for each in _portions(key, these)
-    ]
+    order = sorted(batches.items(), key=lambda item: item[0].m * item[0].n * len(item[1]))
+    # Nothing hides the first round's way there and the last one's way back, so small ones are at both ends.
+    order = [*order[:1], *order[2:], *order[1:2]]
+    return [Round(key, each, me, group) for key, these in order for each in _portions(key, these)]
 
 
 def _portions(key: Key, jobs: Sequence[Job]) -> list[list[Job]]:

@@ -35,6 +35,9 @@ CASES = {
     "missing": Case((2,), ("S0",), PLAIN[:3], SHORT, missing=frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1), (0, 1, 2)])),
     "poisoned": Case((2,), ("S0",), PLAIN[:3], SHORT, steps=3, poison=frozenset([(1, 0, 1)])),
     "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
+    "hybrid": Case((2, 2), ("R", "S0"), PLAIN[:4], NORMUON),
+    "tensor parallel": Case((2, 2), ("F0", "S0"), (*PLAIN[:3], EXPERTS[1]), NORMUON),
+    "more experts than ranks": Case((4,), ("S0",), (Weight((5 * 6, 10), {"blocks": 5}),), SHORT),
 }
 
 
@@ -47,25 +50,29 @@ def interpret() -> None:
         mock.patch.object(module, "usable", return_value=True).start()
 
 
-def walk(rank: int, device: str) -> dict[str, Outcome]:
+def walk(rank: int, device: str, size: int) -> dict[str, Outcome]:
     if INTERPRETED:
         interpret()
-    return {name: together(rank, Target(), case, device) for name, case in CASES.items()}
+    return {name: together(rank, Target(), case, device) for name, case in CASES.items() if case.size == size}
 
 
 @pytest.fixture(scope="module")
-def walked(device, tmp_path_factory) -> list[dict[str, Outcome]]:
-    if device.type == "cuda" and torch.cuda.device_count() < 2:
-        return threads(2, walk, "cuda")
-    found = processes(2, Path(tmp_path_factory.mktemp("ranks")), device.type, walk, device.type)
-    assert not (failed := [text for text in found if not isinstance(text, dict)]), "\n".join(map(str, failed))
+def walked(device, tmp_path_factory) -> dict[int, list[dict[str, Outcome]]]:
+    """What became of each rank, by their number: processes, or threads where they have to share a GPU."""
+    found, folder = {}, Path(tmp_path_factory.mktemp("ranks"))
+    for size in sorted({case.size for case in CASES.values()}):
+        if device.type == "cuda" and torch.cuda.device_count() < size:
+            found[size] = threads(size, walk, "cuda", size)
+        else:
+            found[size] = processes(size, folder, device.type, walk, device.type, size)
+        assert not (failed := [text for text in found[size] if not isinstance(text, dict)]), "\n".join(map(str, failed))
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_have_the_bits_of_one_process(device, walked, name, monkeypatch):
     monkeypatch.setattr(impl.batches, "usable", lambda device: True)
-    one = alone(Target(), CASES[name], device)
-    assert [each[name].skipped for each in walked] == [one.skipped] * len(walked)
+    one, here = alone(Target(), CASES[name], device), [each[name] for each in walked[CASES[name].size]]
+    assert [each.skipped for each in here] == [one.skipped] * len(here)
     for key, (T, _) in one.parts.items():
-        accept.same_bits(actual=assemble([each[name] for each in walked], key, T.shape), expected=T)
+        accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
