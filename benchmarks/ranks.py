@@ -9,6 +9,7 @@ benchmarks/results/GPU/ranks-N.json have medians of milliseconds on the slowest 
     plain       a step of plain tensors, which every rank takes by itself, in turns with the next two
     alone       the same, as parameters on a mesh of this rank alone
     together    the step of all ranks; efficiency is plain over ranks times together
+    host        of that, what the host takes to launch it, behind a GPU that is busy
     prepare     of that, to update directions in place
     orthogonal  from there to results in place, exchange included; its efficiency is held against that of alone
     apply       from there to weights and states
@@ -21,6 +22,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,20 @@ from benchmarks import peers, shapes, timing
 from impl.sharded import Sharded
 
 ROUNDS = {True: 20, False: 3}
-COLUMNS = ("model", "optimizer", "plain", "alone", "together", "efficiency", "prepare", "orthogonal", "efficiency ", "apply")
+LEAD = 8  # large products, 1.6 ms each on an H200
+COLUMNS = (
+    "model",
+    "optimizer",
+    "plain",
+    "alone",
+    "together",
+    "efficiency",
+    "host",
+    "prepare",
+    "orthogonal",
+    "efficiency ",
+    "apply",
+)
 COLUMNS += ("exchange", "wire", "least")
 
 
@@ -72,7 +87,7 @@ class Parts:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
-            self.marks.append(timing.time.perf_counter())
+            self.marks.append(time.perf_counter())
 
     def between(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
@@ -98,11 +113,41 @@ class Parts:
             self.mark()
 
         with mock.patch.multiple(Sharded, prepare=prepared, _orthogonalize=watched, apply=waited):
-            timing.interleave({"step": lambda i: step()}, rounds, self.device)
+            taken({"step": lambda i: step()}, rounds, self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         steps = list(zip(*[iter(self.marks)] * 4, strict=True))[timing.WARM_UP :]
         return [statistics.median(self.between(*each[i : i + 2]) for each in steps) for i in range(3)]
+
+
+def taken(calls: dict[str, timing.Call], rounds: int, device: torch.device) -> list[float]:
+    """Median milliseconds of each, of the slowest rank.
+
+    All ranks begin each call together, and it follows products that take longer than the host takes to launch it, as the
+    backward pass of such a model does.
+    """
+    product, token = timing.large_product(device), torch.zeros(1, device=device)
+
+    def lead() -> None:
+        dist.all_reduce(token)
+        for _ in range(LEAD):
+            product()
+
+    return slowest([statistics.median(times) for times in timing.interleave(calls, rounds, device, lead).values()], device)
+
+
+def host(step: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """Median milliseconds until a step returns."""
+    times = []
+    for _ in range(rounds):
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(10**8)  # cycles
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return slowest([1e3 * statistics.median(times)], device)[0]
 
 
 def exchange(sharded: Sharded) -> Callable[[int], None]:
@@ -171,17 +216,16 @@ def compare(
         made = peers.weights(model, device) if on is None else weights(model, on)
         steppers[name] = peers.ours_step(made) if optimizer == "ours" else dion(made, on)
     calls: dict[str, timing.Call] = {name: lambda i, s=s: s.step() for name, s in steppers.items()}
-    times = timing.interleave(calls, rounds, device)
-    row = dict(zip(times, slowest([statistics.median(each) for each in times.values()], device), strict=True))
+    row = dict(zip(calls, taken(calls, rounds, device), strict=True))
     row["efficiency"] = row["plain"] / (mesh.size() * row["together"])
+    row["host"] = host(steppers["together"].step, rounds, device)
     if optimizer != "ours":
         return row
     (sharded,) = steppers["together"].plans.values()
     one, parts = (slowest(Parts(device).medians(steppers[name].step, rounds), device) for name in ("alone", "together"))
     row |= dict(zip(("prepare", "orthogonal", "apply"), parts, strict=True))
     row["efficiency "] = one[1] / (mesh.size() * parts[1])
-    calls = {"exchange": exchange(sharded)}
-    row["exchange"] = slowest([statistics.median(timing.interleave(calls, rounds, device)["exchange"])], device)[0]
+    (row["exchange"],) = taken({"exchange": exchange(sharded)}, rounds, device)
     row["wire"], row["least"] = slowest(list(wire(sharded)), device)
     return row
 

@@ -17,15 +17,18 @@ Call = Callable[[int], object]
 WARM_UP = 3
 
 
-def interleave(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Call], rounds: int, device: torch.device, lead: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Milliseconds of `rounds` calls of each, one of each per round, so that all meet the same clock and temperature.
 
     A call is given its round, by which it picks its input. The order turns, so that nobody always follows the same one.
+    On a GPU each follows `lead`, by default one large product.
     """
     for call in calls.values():
         for i in range(WARM_UP):
             call(i)
-    time_call = _event_times(device) if device.type == "cuda" else _host_times
+    time_call = _event_times(lead or large_product(device)) if device.type == "cuda" else _host_times
     names = list(calls)
     pending = {name: [] for name in names}
     for i in range(rounds):
@@ -35,9 +38,8 @@ def interleave(calls: dict[str, Call], rounds: int, device: torch.device) -> dic
     return {name: [read() for read in reads] for name, reads in pending.items()}
 
 
-def _event_times(device: torch.device) -> Callable[[Call, int], Callable[[], float]]:
+def _event_times(lead: Callable[[], object]) -> Callable[[Call, int], Callable[[], float]]:
     """A function that queues a call between two events and returns how to read, later, the milliseconds between them."""
-    lead = _large_product(device)
 
     def queue(call: Call, i: int) -> Callable[[], float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,7 +90,7 @@ def _side(device: torch.device) -> int:
 
 
 @lru_cache
-def _large_product(device: torch.device) -> Callable[[], object]:
+def large_product(device: torch.device) -> Callable[[], object]:
     """A float16 product of random matrices, 8192 x 8192; a small one in float32 without a GPU."""
     n = _side(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -99,7 +101,7 @@ def _large_product(device: torch.device) -> Callable[[], object]:
 @lru_cache
 def product_rate(device: torch.device) -> float:
     """Operations a second of the vendor's float16 product, 8192 x 8192 on random data, median of 20."""
-    product = _large_product(device)
+    product = large_product(device)
     times = interleave({"product": lambda i: product()}, 20, device)["product"]
     return 2 * _side(device) ** 3 / (1e-3 * statistics.median(times))
 

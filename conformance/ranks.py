@@ -164,10 +164,15 @@ def begin(target: Target, case: Case, device: str, mesh: DeviceMesh | None = Non
     return construct(target, case, [spread(W, mesh, placements) for W in values])
 
 
-def take(case: Case, rank: int, step: int, parameters: list[nn.Parameter], optimizer: Any, factor: float = 1.0) -> None:
-    """One of the case's steps, with gradients times a factor."""
+def give(case: Case, rank: int, step: int, parameters: list[nn.Parameter], factor: float = 1.0) -> None:
+    """The gradients of one of the case's steps, times a factor."""
     for i, p in enumerate(parameters):
         p.grad = None if (step, rank, i) in case.missing else _gradient(case, step, i, p, rank) * factor
+
+
+def take(case: Case, rank: int, step: int, parameters: list[nn.Parameter], optimizer: Any, factor: float = 1.0) -> None:
+    """One of the case's steps."""
+    give(case, rank, step, parameters, factor)
     optimizer.step()
 
 

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking steps with a target, and with the reference beside it."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from conformance import accept
@@ -82,3 +86,30 @@ def accept_fused(target: Target, device, shape, layout, seed, hyper: Hyper = HYP
     hyper = replace(hyper, layout=layout)
     (p,), _ = run(target, [W], gradients, hyper, device)
     accept.step(before=W, actual=p, expected=expected([W], gradients, hyper)[0], precision=target.precision(W.dtype, device))
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that brings a tensor's value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "item"}:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def not_waiting(device: str) -> Iterator[list[str]]:
+    """What is read on the host inside; on a GPU, waiting for it is an error."""
+    with Reads() as reads, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # that it is a prototype
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield reads.found
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")

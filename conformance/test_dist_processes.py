@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from conformance import accept
 from conformance.campaign_ranks import accept_dead, accept_late
-from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, outcome, take, together
+from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, give, outcome, take, together
+from conformance.steps import not_waiting
 from conformance.strategies import FUSED, HYPER
 from conformance.target import Target, Unsupported, load
 from conformance.worlds import processes
@@ -96,6 +97,26 @@ def test_collectives_do_not_depend_on_gradients(walked):
     for name, (as_is, missing, poisoned) in walked.items():
         for rank in range(len(as_is)):
             assert accept.equal([missing[rank].log, poisoned[rank].log], [as_is[rank].log] * 2), name
+
+
+def wait_for_nothing(rank: int, path: str, device: str, ranks: int) -> list[Any]:
+    """What a third and a fourth step read on the host, gradients missing in the last; on a GPU, waiting is an error."""
+    target, found = load(path), []
+    case = Case((ranks,), ("S0",), WEIGHTS, NORMUON, missing=frozenset({(3, rank, 0), (3, 0, 1)}))
+    parameters, optimizer = begin(target, case, device)
+    for step in range(4):
+        give(case, rank, step, parameters)
+        with not_waiting(device if step > 1 else "cpu") as reads:
+            optimizer.step()
+        found += reads if step > 1 else []
+    return found
+
+
+@pytest.mark.clause("SKIP-7")
+def test_a_step_waits_for_nothing(request, ranks, device, tmp_path):
+    found = processes(ranks, tmp_path, device.type, wait_for_nothing, request.config.getoption("--target"), device.type, ranks)
+    accept_results(found, list)
+    assert accept.equal(found, [[]] * ranks)
 
 
 def save_and_load(rank: int, path: str, device: str, folder: str, ranks: int) -> dict[tuple[int, int], Outcome]:

@@ -68,6 +68,7 @@ class Sharded:
         self.entries, self.group, self.signature = entries, group, key
         self.device = local(entries[0][1]).device
         self.layouts = [Layout.of(options["layout"]) for options, _ in entries]
+        self.noted: list[bool] = []
         self.elementwise: list[tuple[int, Rect | None]] = []  # AdamW's parts, None for the whole of a parameter
         ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
         found: list[tuple[int, Matrix, Boxes, Key]] = []
@@ -103,11 +104,11 @@ class Sharded:
             i: descent(self.entries[i][0], self.gradients[i], state_dtype(self.entries[i][1]), grad_scale)
             for i in {*self.parts.members, *(i for i, _ in self.elementwise)}
         }
-        present = [int(p.grad is not None) for _, p in self.entries]
+        self._note([p.grad is not None for _, p in self.entries])
         self.weights = [local(p).contiguous() for _, p in self.entries]
         self.parts.prepare(self.state, self.directions)
         bits = self.plan.prepare(self.weights, self.gradients, self.state, grad_scale)
-        known = torch.cat([torch.tensor(present, dtype=torch.int32, device=self.device), bits])
+        known = torch.cat([self.there, bits])
         telling = dist.all_reduce(known, dist.ReduceOp.MAX, group=self.group, async_op=True)
         self.found: list[tuple[int, Tensor]] = []  # parameter number, largest magnitude in what its averages would become
         for i, rect in self.elementwise:
@@ -115,9 +116,15 @@ class Sharded:
             self.found += [(i, T) for T in adamw_magnitudes(self.entries[i][0], *parts)]
         if telling is not None:
             telling.wait()
-        self.present = known[: len(present)] != 0
-        self.plan.again(known[len(present) :])
+        self.present = known[: len(self.entries)] != 0
+        self.plan.again(known[len(self.entries) :])
         self._orthogonalize()
+
+    def _note(self, noted: list[bool]) -> None:
+        """Bring to the device which gradients this rank has; nobody waits, and mostly there is nothing to bring."""
+        if noted != self.noted:
+            self.noted, gpu = noted, self.device.type == "cuda"
+            self.there = torch.tensor(noted, dtype=torch.int32, pin_memory=gpu).to(self.device, non_blocking=True)
 
     def _gradient(self, p: Tensor) -> Tensor:
         """This rank's part of p's gradient; zero where there is none.   [SPEC: DIST-5]"""
