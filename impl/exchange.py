@@ -19,7 +19,7 @@ from impl.placement import Boxes, assign
 from impl.schedules import Schedule
 from impl.shards import Matrix, Rect, restrict
 
-ROUND = 2**27  # entries of matrices that a rank orthogonalizes in a round, unless a matrix has more
+ROUND = 2**28  # entries of matrices that a rank orthogonalizes in a round, unless a matrix has more
 
 
 class Key(NamedTuple):

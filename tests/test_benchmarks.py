@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, peers, report, shapes, timing
+from benchmarks import accuracy, peers, report, scaling, shapes, timing
 from impl.schedules import POLAR_EXPRESS
 
 CPU = torch.device("cpu")
@@ -139,3 +139,14 @@ def test_report_without_results_says_so(tmp_path):
 def test_best_peer_is_not_ours():
     assert report.best_peer({"ours": {"ms": 1.0}, "ours-4": {"ms": 0.5}}) is None
     assert math.isclose(report.best_peer({"ours": {"ms": 1.0}, "a": {"ms": 3.0}, "b": {"ms": 2.0}}), 2.0)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_of_a_prediction_are_those_that_were_sent(world):
+    (row,) = [r for r in measured(world) if (r["model"], r["optimizer"]) == (scaling.NAME, "ours")]
+    share, size = scaling.shares(scaling.rounds(shapes.MODELS[scaling.NAME], world), world)
+    assert math.isclose(size / 1e6, row["wire"]) and math.isclose(share, 1 / world, rel_tol=0.01)
+
+
+def measured(world: int) -> list[dict]:
+    return json.loads((scaling.RESULTS / f"ranks-{world}.json").read_text())["rows"]

@@ -23,7 +23,7 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], **options: Any
     def run() -> None:
         nonlocal again
         if again is not None:
-            again(*values, stream=torch.cuda.current_stream().cuda_stream)
+            again(*values)
         elif (compiled := kernel[grid](**arguments, **options)) is not None:  # None from Triton's interpreter
             again = compiled[grid]
 
