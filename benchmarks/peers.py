@@ -17,7 +17,11 @@ from typing import TypeVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import impl
 from benchmarks.shapes import Model
@@ -98,6 +102,23 @@ def weights(model: Model, device: torch.device) -> list[nn.Parameter]:
     return made
 
 
+def divided(shape: tuple[int, ...], mesh: DeviceMesh, part: Callable[[tuple[int, ...]], Tensor]) -> DTensor:
+    """A tensor whose first dimension is divided as FSDP2 does; `part` makes this rank's, of a shape."""
+    own, _ = compute_local_shape_and_global_offset(shape, mesh, [Shard(0)])
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(part(own), mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def divided_weights(model: Model, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """A parameter for each shape, divided, with a gradient; both normal."""
+    generator = torch.Generator(mesh.device_type).manual_seed(dist.get_rank())
+    normal = partial(torch.randn, generator=generator, device=mesh.device_type)
+    made = [nn.Parameter(divided(shape, mesh, normal) * 0.02) for shape in model]
+    for W in made:
+        W.grad = divided(tuple(W.shape), mesh, normal)
+    return made
+
+
 def ours_step(made: list[nn.Parameter]) -> torch.optim.Optimizer:
     groups: dict[int, list[nn.Parameter]] = {}
     for W in made:
@@ -113,6 +134,13 @@ def torch_step(made: list[nn.Parameter]) -> torch.optim.Optimizer:
             matrices.append(nn.Parameter(w))
             matrices[-1].grad = g
     return torch.optim.Muon(matrices, lr=LR, weight_decay=DECAY)
+
+
+def dion_ranks(made: list[nn.Parameter], mesh: DeviceMesh | None) -> torch.optim.Optimizer:
+    """On the ranks of a mesh, or on plain tensors."""
+    from dion import Muon
+
+    return Muon(made, mesh, lr=LR, weight_decay=DECAY, nesterov=True, use_gram_newton_schulz=True)
 
 
 def dion_step(gram: bool) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:

@@ -30,10 +30,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from benchmarks import peers, shapes, timing
 from impl.sharded import Sharded
@@ -54,26 +51,6 @@ COLUMNS = (
     "apply",
 )
 COLUMNS += ("exchange", "wire", "least")
-
-
-def weights(model: shapes.Model, mesh: DeviceMesh) -> list[nn.Parameter]:
-    """A parameter for each shape, its first dimension divided as FSDP2 does, with a gradient; both normal."""
-    generator = torch.Generator(mesh.device_type).manual_seed(dist.get_rank())
-    made = []
-    for shape in model:
-        own, _ = compute_local_shape_and_global_offset(shape, mesh, [Shard(0)])
-        stride = torch.empty(shape, device="meta").stride()
-        W, G = (torch.randn(own, generator=generator, device=mesh.device_type) for _ in range(2))
-        W, G = (DTensor.from_local(T, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride) for T in (W * 0.02, G))
-        made.append(nn.Parameter(W))
-        made[-1].grad = G
-    return made
-
-
-def dion(made: list[nn.Parameter], mesh: DeviceMesh | None) -> torch.optim.Optimizer:
-    from dion import Muon
-
-    return Muon(made, mesh, lr=peers.LR, weight_decay=peers.DECAY, nesterov=True, use_gram_newton_schulz=True)
 
 
 class Parts:
@@ -213,8 +190,8 @@ def compare(
     """One rank's step beside the step of all."""
     steppers = {}
     for name, on in (("plain", None), ("alone", alone), ("together", mesh)):
-        made = peers.weights(model, device) if on is None else weights(model, on)
-        steppers[name] = peers.ours_step(made) if optimizer == "ours" else dion(made, on)
+        made = peers.weights(model, device) if on is None else peers.divided_weights(model, on)
+        steppers[name] = peers.ours_step(made) if optimizer == "ours" else peers.dion_ranks(made, on)
     calls: dict[str, timing.Call] = {name: lambda i, s=s: s.step() for name, s in steppers.items()}
     row = dict(zip(calls, taken(calls, rounds, device), strict=True))
     row["efficiency"] = row["plain"] / (mesh.size() * row["together"])

@@ -14,15 +14,13 @@ each from benchmarks/results/GPU/ranks-4.json:
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.peers import divided
 from benchmarks.shapes import MODELS, Model
 from impl import Muon
 from impl.exchange import Round
@@ -38,16 +36,10 @@ def rounds(model: Model, world: int) -> Sequence[Round]:
     """Those of a model's weights, each divided by its first dimension among `world` ranks, as rank 0 sees them."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        mesh, parameters = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("ranks",)), []
-        for shape in model:
-            own, _ = compute_local_shape_and_global_offset(shape, mesh, [Shard(0)])
-            stride, empty = torch.empty(shape, device="meta").stride(), torch.empty(1).expand(own)
-            T = DTensor.from_local(empty, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
-            parameters.append(torch.nn.Parameter(T))
+        mesh = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("ranks",))
+        parameters = [torch.nn.Parameter(divided(shape, mesh, torch.empty(1).expand)) for shape in model]
         group = Muon(parameters).param_groups[0]
-        with mock.patch.object(dist, "all_to_all_single"):
-            sharded = Sharded([(group, p) for p in parameters], mesh.get_group(), None)
-        return sharded.parts.rounds
+        return Sharded([(group, p) for p in parameters], mesh.get_group(), None).parts.rounds
     finally:
         dist.destroy_process_group()
 
