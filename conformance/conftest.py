@@ -34,6 +34,7 @@ settings.load_profile("suite")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", default="conformance.targets.impl:Target", help="package.module:Name of an adapter")
+    parser.addoption("--clauses", metavar="IDS", help="only the tests of these clauses of SPEC.md, as in ORTH-3,STEP-10")
     parser.addoption("--xfails", help="known failures, 'test id  # CLAUSE: reason' a line [conformance/xfails/NAME.txt]")
 
 
@@ -79,6 +80,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{item.nodeid} cites no clause of SPEC.md")
         item.user_properties.append(("clauses", " ".join(clauses)))
     _mark_known_failures(config, mine)
+    if asked := config.getoption("--clauses"):
+        if unknown := set(asked.split(",")) - CLAUSES.keys():
+            raise pytest.UsageError(f"--clauses: SPEC.md does not have {sorted(unknown)}")
+        kept = [item for item in items if set(asked.split(",")) & set(_clauses(item))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -115,8 +122,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-def _clauses(report: pytest.TestReport) -> list[str]:
-    return next((str(value).split() for key, value in report.user_properties if key == "clauses"), [])
+def _clauses(test: pytest.Item | pytest.TestReport) -> list[str]:
+    return next((str(value).split() for key, value in test.user_properties if key == "clauses"), [])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
