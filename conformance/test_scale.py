@@ -33,8 +33,15 @@ def test_scale_that_matches_adamw(target: Target, device, shape, seed):
     check(target, device, shape, seed, replace(HYPER, adjust_lr_fn="match_rms_adamw", weight_decay=0.0))
 
 
+@pytest.mark.clause("SCALE-4")
+@pytest.mark.parametrize("name", ["spectral", "unit_rms_norm"])
+@given(shape=shapes, seed=seeds)
+def test_scales_of_others(target: Target, device, name, shape, seed):
+    check(target, device, shape, seed, replace(HYPER, adjust_lr_fn=name, weight_decay=0.0))
+
+
 @pytest.mark.clause("SCALE-3")
-@pytest.mark.parametrize("name", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("name", ["original", "match_rms_adamw", "unit_rms_norm"])
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [((64, 4), {"blocks": 8}), ((4, 64), {"columns": 16}), ((2, 16, 4), {"blocks": 4}), ((8, 3, 2, 2), {"flatten": True})],

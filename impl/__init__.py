@@ -6,6 +6,7 @@ from impl.clipping import clip_grad_norm_
 from impl.layout import Layout, Section
 from impl.muon import Muon
 from impl.norms import GradNorms
+from impl.origins import import_state, like
 from impl.orthogonalize import orthogonalize
 from impl.routing import param_groups
 
@@ -16,6 +17,8 @@ __all__ = [
     "Muon",
     "Section",
     "clip_grad_norm_",
+    "import_state",
+    "like",
     "orthogonalize",
     "param_groups",
 ]

@@ -44,7 +44,8 @@ class Muon(Optimizer):
         eps: floor under the norm of the update direction, in units of the gradient; 0 for none.
         ns_steps: number of quintics.
         adjust_lr_fn: None or "original" for lr * sqrt(max(1, m / n)); "match_rms_adamw" for lr * 0.2 * sqrt(max(m, n)),
-            which lets Muon share AdamW's learning rate and decay.
+            which lets Muon share AdamW's learning rate and decay; "spectral" for lr * sqrt(max(m, n)); "unit_rms_norm" for
+            lr * sqrt(m / n).
         algorithm: "muon" or "adamw".
         layout: the matrices inside each parameter of the group, a `Layout`; None for the parameter as one matrix.
         shard_mode: what is done with a matrix that lies on several ranks (DTensor): "owned", one of them orthogonalizes it and

@@ -12,7 +12,7 @@ from impl.layout import ALGORITHMS, Layout, check_layout
 from impl.placement import SHARD_MODES, check_shards
 from impl.schedules import schedule
 
-SCALES = (None, "original", "match_rms_adamw")
+SCALES = (None, "original", "match_rms_adamw", "spectral", "unit_rms_norm")
 SMALLEST = 2.0**-126  # float32's smallest normal number
 # Every option of a group.
 OPTIONS = (
@@ -35,10 +35,11 @@ def algorithms(group: Mapping[str, Any]) -> set[str]:
 
 
 def lr_scale(m: int, n: int, adjust_lr_fn: str | None) -> float:
-    """What the learning rate of an m x n matrix is multiplied with.   [SPEC: SCALE-1, SCALE-2]"""
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(m, n))
-    return math.sqrt(max(1.0, m / n)) if n else 1.0
+    """What the learning rate of an m x n matrix is multiplied with.   [SPEC: SCALE-1, SCALE-2, SCALE-4]"""
+    if adjust_lr_fn in ("match_rms_adamw", "spectral"):
+        return (0.2 if adjust_lr_fn == "match_rms_adamw" else 1.0) * math.sqrt(max(m, n))
+    ratio = m / n if n else 1.0
+    return math.sqrt(ratio if adjust_lr_fn == "unit_rms_norm" else max(1.0, ratio))
 
 
 def check_options(group: Mapping[str, Any], wait: bool = True) -> None:

@@ -36,12 +36,17 @@ def normalize_rows(O, V, beta2):
 
 
 def lr_scale(m, n, adjust_lr_fn):
-    """The factor on the learning rate of an m x n matrix.   [SPEC: SCALE-1, SCALE-2]
+    """The factor on the learning rate of an m x n matrix.   [SPEC: SCALE-1, SCALE-2, SCALE-4]
 
-    Source: None and "original": K. Jordan 2024; "match_rms_adamw": Moonlight, arXiv:2502.16982.
+    Source: None and "original": K. Jordan 2024; "match_rms_adamw": Moonlight, arXiv:2502.16982; the others:
+    Emerging-Optimizers.
     """
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * sqrt(max(m, n))
+    if adjust_lr_fn == "spectral":
+        return sqrt(max(m, n))
+    if adjust_lr_fn == "unit_rms_norm":
+        return sqrt(m / n)
     return sqrt(max(1, m / n))
 
 

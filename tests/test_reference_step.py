@@ -51,6 +51,9 @@ def test_scale_and_decay():
     assert lr_scale(1, 9, None) == 1
     assert lr_scale(9, 4, "match_rms_adamw") == pytest.approx(0.6)
     assert lr_scale(4, 9, "match_rms_adamw") == pytest.approx(0.6)
+    assert lr_scale(4, 9, "spectral") == lr_scale(9, 4, "spectral") == 3.0
+    assert lr_scale(4, 9, "unit_rms_norm") == pytest.approx(2 / 3)
+    assert lr_scale(9, 4, "unit_rms_norm") == 1.5
     assert decay(torch.tensor([8.0]), lr=0.5, weight_decay=0.25).item() == 7
 
 

@@ -70,6 +70,8 @@ class Target:
     def _options(self, hyper: Hyper) -> dict[str, Any]:
         if hyper.shard_mode != "owned":
             raise Unsupported("it knows nothing of ranks")
+        if hyper.adjust_lr_fn in ("spectral", "unit_rms_norm"):
+            raise Unsupported("it has no such scale")
         if hyper.algorithm != "muon" or hyper.layout is not None or hyper.maximize or hyper.normuon_beta2 is not None:
             raise Unsupported("it has neither layouts, nor AdamW, nor NorMuon, nor maximize")
         return {

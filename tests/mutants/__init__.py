@@ -5,6 +5,8 @@ Most are bugs that somebody's Muon has had, or a first fix that was wrong; `sour
 wrong itself. tests/test_mutants.py holds the list to what it promises, and kills a few in every run.
 """
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -39,8 +41,8 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-def kill(mutant: Mutant, folder: Path) -> set[str]:
-    """The clauses, of those that should, which fail for the mutant; RuntimeError unless the suite ran to its end."""
+def run(mutant: Mutant, folder: Path) -> str:
+    """What pytest says of the mutant, in a copy of the repository; RuntimeError unless it ran to its end."""
     for name in NEEDED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
@@ -50,5 +52,16 @@ def kill(mutant: Mutant, folder: Path) -> set[str]:
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if process.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: {' '.join(command)} ended with {process.returncode}\n{process.stdout[-4000:]}")
-    failed = re.findall(r"^[A-Z]+ +failed +(.*)$", process.stdout, re.M)
+    return process.stdout
+
+
+def kill(mutant: Mutant, folder: Path) -> set[str]:
+    """The clauses, of those that should, which fail for the mutant."""
+    failed = re.findall(r"^[A-Z]+ +failed +(.*)$", run(mutant, folder), re.M)
     return {clause for line in failed for clause in line.split()} & set(mutant.clauses)
+
+
+def every() -> list[Mutant]:
+    """All mutants, module by module."""
+    modules = (importlib.import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
+    return [mutant for module in modules for mutant in getattr(module, "MUTANTS", ())]
