@@ -4,14 +4,21 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
-.PHONY: train test check gpu clean
+.PHONY: train test check mutants coverage gpu clean
 
 train: .venv/installed
 	$(VENV) -m examples.train
 
-# pytest comes last, so that its table of clauses closes the output.
+# pytest comes last, so that its table of clauses closes the output. A process for each core; a file's tests stay together.
 test: check
-	$(VENV) -m pytest
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist loadscope
+
+# Every wrong optimizer of tests/mutants, against the clauses that should notice; minutes, and a page in runs.
+mutants: .venv/installed
+	OMP_NUM_THREADS=1 $(VENV) -m tests.mutants
+
+coverage: .venv/installed
+	$(VENV) -m pytest --cov=impl --cov=reference --cov-report=term-missing:skip-covered
 
 check: .venv/installed
 	$(VENV) -m ruff check

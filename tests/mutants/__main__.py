@@ -39,8 +39,8 @@ def page(found: dict[Mutant, set[str]]) -> str:
     head = "".join(f"<th>{clause}</th>" for clause in clauses)
     return (
         f"<!doctype html><meta charset=utf-8><title>Mutants</title><style>{STYLE}</style>"
-        f"<h1>{dead} of {len(found)} wrong optimizers are noticed</h1><p>Green: every clause that should fail for a mutant does. "
-        "Red: it does not. Only the clauses that a mutant names were run. A mutant's name tells, on hovering, where it was met.</p>"
+        f"<h1>{dead} of {len(found)} wrong optimizers are noticed</h1><p>Green: the clause fails for the mutant, as it should. "
+        "Red: it does not. Only clauses that a mutant names were run. Its name tells, on hovering, where it was met.</p>"
         f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
