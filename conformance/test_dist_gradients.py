@@ -46,7 +46,7 @@ def test_a_missing_gradient_is_zero_unless_it_is_missing_everywhere(target: Targ
     accept_as_alone(target, device, case, bits=True)
 
 
-@pytest.mark.clause("DIST-5")
+@pytest.mark.clause("DIST-4", "DIST-5")
 @pytest.mark.parametrize("mesh", [((2,), ("R",)), ((2, 2), ("S0", "R"))], ids=["2", "2x2"])
 def test_a_gradient_that_has_to_be_summed(target: Target, device, mesh):
     accept_as_alone(target, device, Case(*mesh, (Weight((8, 12)), Weight((12, 8))), partial=True), bits=False)
@@ -97,6 +97,16 @@ def test_norms_are_of_whole_gradients(target: Target, device, mesh, clip_norm):
             accept.close(actual=ours, expected=one, dtype=torch.float32)
         for p, (own, at) in zip(parameters, parts, strict=True):
             accept.close(actual=own, expected=p.grad.cpu()[at], dtype=torch.float32)
+
+
+@pytest.mark.clause("DIST-7")
+@pytest.mark.parametrize("mesh", [((2,), ("R",)), ((2, 2), ("S0", "R"))], ids=["2", "2x2"])
+def test_norms_are_of_sums(target: Target, device, mesh):
+    case = Case(*mesh, (Weight((8, 12), None, "adamw"), Weight((12, 8))), partial=True)
+    own, other = (torch.linalg.vector_norm(gradient(case, 0, i), dtype=torch.float64) for i in range(2))
+    for (total, _, threshold), _ in threads(case.size, clipped, target, case, device.type, "own"):
+        accept.close(actual=threshold, expected=own, dtype=torch.float32)
+        accept.close(actual=total, expected=torch.hypot(own, other), dtype=torch.float32)
 
 
 @pytest.mark.clause("DIST-10")

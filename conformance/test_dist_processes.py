@@ -23,7 +23,7 @@ from conformance.worlds import processes
 
 pytestmark = pytest.mark.dist
 
-WEIGHTS = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((7, 5)), Weight(*FUSED["experts by rows"]))
+WEIGHTS = (Weight((8, 12)), Weight((12, 8), None, "adamw"), Weight((5, 7)), Weight(*FUSED["experts by rows"]))
 NORMUON = replace(HYPER, normuon_beta2=0.9)
 
 

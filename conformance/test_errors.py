@@ -91,6 +91,7 @@ def test_added_parameter_that_is_no_matrix_is_refused(validating: Target, shape)
 
 
 @pytest.mark.clause("ERR-3")
+@pytest.mark.parametrize("begun", [True, False], ids=["later", "at once"])
 @pytest.mark.parametrize(
     ("last", "gradient", "words"),
     [
@@ -103,10 +104,11 @@ def test_added_parameter_that_is_no_matrix_is_refused(validating: Target, shape)
     ],
     ids=["sparse", "complex"],
 )
-def test_error_in_a_step_changes_nothing(validating: Target, last, gradient, words):
+def test_error_in_a_step_changes_nothing(validating: Target, last, gradient, words, begun):
     named = parameters([tensor((4, 6), 0), last])
     optimizer = validating.optimizer(named, HYPER)
-    take(optimizer, named, [tensor((4, 6), 2), None])
+    if begun:
+        take(optimizer, named, [tensor((4, 6), 2), None])
     named[0][1].grad, named[1][1].grad = tensor((4, 6), 3), gradient
 
     def unchanged():

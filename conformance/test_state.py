@@ -5,6 +5,7 @@ import copy
 import io
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -129,6 +130,13 @@ def test_state_dict_is_plain_data_and_deterministic(target: Target, device, hype
     check(first)
 
 
+@pytest.mark.clause("STATE-3")
+def test_a_number_of_numpys_is_plain_data(validating: Target, device):
+    _, optimizer = stepped(validating, device, HYPER)
+    optimizer.param_groups[0]["lr"] = np.float64(0.5)  # as a scheduler may leave it
+    assert torch.load(file_of(optimizer.state_dict()), weights_only=True)["param_groups"][0]["lr"] == 0.5
+
+
 def corrupt(edit):
     """A function that edits a copy of a state dict."""
 
@@ -224,6 +232,10 @@ def test_deep_copy_steps_alike(target: Target, device, hyper):
     for (_, p), (_, q) in zip(named, twin_named, strict=True):
         assert p is not q
         accept.same_bits(actual=q, expected=p)
+    if target.skips:
+        twin.found_inf = torch.ones((), device=device)
+        twin.step()
+        assert not any(target.skipped(optimizer).values()), "the copy's skipped step was counted by the original"
 
 
 @pytest.mark.clause("STATE-6")
