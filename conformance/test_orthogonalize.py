@@ -2,6 +2,7 @@
 """ORTH: orthogonalization."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from conformance import accept
-from conformance.steps import parameters
-from conformance.strategies import DTYPES, HYPER, conditioned, matrix, seeds, shapes, spectra
-from conformance.target import Target
+from conformance.steps import parameters, take
+from conformance.strategies import DTYPES, HYPER, conditioned, matrix, seeds, shapes, spectra, tensor
+from conformance.target import Target, Unsupported
 
 NAMED = [("polar_express_s4", steps) for steps in reference.LOWER] + [("polar_express", 5), ("you", 5), ("jordan", 5)]
 # SPEC.md's table: l and the band on [l, 1]; the default's follow from its derivation.
@@ -77,7 +79,7 @@ def test_powers_of_two_change_no_bit(target: Target, device, dtype, shape, spect
         accept.same_bits(actual=target.orthogonalize(scaled.to(device), *JORDAN), expected=expected)
 
 
-@pytest.mark.clause("ORTH-4")
+@pytest.mark.clause("ORTH-4", "ORTH-12")
 @given(shape=shapes, spectrum=conditioned, seed=seeds, exponent=st.floats(-37, 37))
 def test_scale_does_not_matter(target: Target, device, shape, spectrum, seed, exponent):
     X = matrix(shape, spectrum, seed) * 10.0**exponent
@@ -100,7 +102,8 @@ def test_finite_gives_finite(target: Target, device, dtype, shape, seed):
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
     signs = torch.sign(matrix(shape, "moderate", seed, torch.float64))
-    for X in (signs * info.max, signs * smallest, torch.where(signs > 0, signs * info.max, signs * smallest)):
+    mixed = torch.where(signs > 0, signs * info.max, signs * smallest)
+    for X in (signs * info.max, signs * smallest, mixed, -mixed):
         O = target.orthogonalize(X.to(device, dtype), *JORDAN)
         accept.finite(actual=O)
         assert O.double().norm() > 0.1, "a matrix that is not zero was orthogonalized to nothing"
@@ -204,3 +207,38 @@ def test_epsilon_is_a_floor_under_the_norm(target: Target, device, name, shape, 
     eps = float(X.double().norm()) * 2.0**exponent
     O = target.orthogonalize(X.to(device), name, 5, eps)
     accept.spectral(actual=O, X=X, schedule=reference.schedule(name, 5), precision=target.precision(X.dtype, device), eps=eps)
+
+
+def operations(call: Callable[[], object]) -> int:
+    """How many operations the products take that PyTorch runs; a kernel's are not among them."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    if not counter.get_total_flops():
+        raise Unsupported("it takes no products that could be counted")
+    return counter.get_total_flops()
+
+
+@pytest.mark.clause("ORTH-13")
+@pytest.mark.parametrize("batch", [(), (8,)], ids=["alone", "batch"])
+@pytest.mark.parametrize("shape", [(8, 64), (24, 32), (16, 16)], ids=str)
+def test_products_have_the_smaller_dimension_on_the_left(target: Target, device, shape, batch):
+    X = tensor(shape, 0).to(device)
+    once = operations(lambda: target.orthogonalize(X, *JORDAN))
+    for same in (X, X.mT):
+        found = operations(lambda same=same: target.orthogonalize(same.expand(*batch, *same.shape), *JORDAN))
+        assert accept.equal(found, batch[0] * once if batch else once)
+
+
+@pytest.mark.clause("ORTH-13")
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)], ids=str)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_take_as_many_operations_as_apart(target: Target, device, shape, stacked):
+    counts = []
+    for experts in (1, 4):
+        whole = (experts, *shape) if stacked else (experts * shape[0], shape[1])
+        named = parameters([tensor(whole, 0)], device)
+        optimizer = target.optimizer(named, replace(HYPER, layout={"blocks": experts}))
+        counts.append(
+            operations(lambda named=named, optimizer=optimizer: take(optimizer, named, [torch.ones_like(named[0][1])]))
+        )
+    assert accept.equal(counts[1], 4 * counts[0])

@@ -12,7 +12,7 @@ from impl.schedules import Coefficients, Quintic, Schedule, schedule
 
 
 def orthogonalize(X: Tensor, ns_coefficients: Coefficients = "polar_express_s4", ns_steps: int = 5, eps: float = 0.0) -> Tensor:
-    """Map every singular value s of X to p(s / N(X)), close to 1.   [SPEC: ORTH-1 to ORTH-12]
+    """Map every singular value s of X to p(s / N(X)), close to 1.   [SPEC: ORTH-1 to ORTH-13]
 
     The result does not depend on the scale of X: bit for bit for powers of two, over the whole range of its dtype.
 
