@@ -120,9 +120,10 @@ def test_the_head_is_found_or_said(target: Target):
 def test_tags_send_to_adamw(target: Target, tag):
     model = Language(body(nn.Linear(8, 8, bias=False), Owner(20, 8, **tag)))
     accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.1.weight": MUON, "body.2.w": ADAMW})
-    for name, value in tag.items():
-        setattr(model.body[1].weight, name, value)
-    accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.1.weight": ADAMW, "body.2.w": ADAMW})
+    for said, route in ((False, MUON), (True, ADAMW)):
+        for name, value in tag.items():
+            setattr(model.body[1].weight, name, value is said)
+        accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.1.weight": route, "body.2.w": ADAMW})
 
 
 @pytest.mark.clause("ROUTE-4")
