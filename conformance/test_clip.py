@@ -178,12 +178,14 @@ def test_a_chain_clips_alike(target: Target, device, clip_norm, shape, seed, sca
 
 @pytest.mark.clause("CLIP-3")
 @pytest.mark.parametrize("holder", ["optimizers", "chained_optimizers"])
-@pytest.mark.parametrize("others", [True, False], ids=["among others", "alone"])
-def test_a_container_that_says_more_than_its_members_is_refused(validating: Target, holder, others):
+@pytest.mark.parametrize("where", ["among others", "alone", "in a wrapper"])
+def test_a_container_that_says_more_than_its_members_is_refused(validating: Target, holder, where):
     W, V = weight(tensor((4, 6), 0)), weight(tensor((4, 6), 1))
-    container = Layerwise([exempt(V), sgd(W)] if others else [sgd(W)], holder, skip_grad_norm_clip=True)
-    for call in (lambda: validating.chain([container]), lambda: validating.clip(container, 0.5, "own", 0.0)):
-        accept.refuses(call, ValueError, "Layerwise", "skip_grad_norm_clip", unchanged=lambda: [W.grad.clone(), V.grad.clone()])
+    members, says = [sgd(W)] if where == "alone" else [exempt(V), sgd(W)], {"skip_grad_norm_clip": True}
+    wrapped = where == "in a wrapper"
+    it = Wrapper(Layerwise(members, holder), **says) if wrapped else Layerwise(members, holder, **says)
+    for call in (lambda: validating.chain([it]), lambda: validating.clip(it, 0.5, "own", 0.0)):
+        accept.refuses(call, ValueError, type(it).__name__, *says, unchanged=lambda: [W.grad.clone(), V.grad.clone()])
 
 
 @pytest.mark.clause("CLIP-4")

@@ -192,30 +192,31 @@ def test_what_means_nothing_is_refused(validating: Target, error, words, call):
 
 
 # Rank -> its members without gradients.
-ABSENT = ({}, {0: [1, 2], 2: [3]}, {rank: range(4) for rank in range(3)})
+ABSENT = ({}, {0: [1, 2], 2: [3]}, {rank: range(5) for rank in range(3)})
 CASES = [
     (policy, absent) for policy, *_ in [*POLICIES, ({"clip_grad": 0.5, "grad_norm_skip_threshold": 7.0},)] for absent in ABSENT
 ]
 
 
 def gradients(rank: int, absent) -> list[torch.Tensor | None]:
-    """Of the four members on one of three ranks."""
-    drawn = [tensor((3, 2 + i), 10 * rank + i) * (1.0 if i else 1e30) for i in range(4)]
+    """Of the five members on one of three ranks."""
+    drawn = [tensor((3, 2 + i), 10 * rank + i) * (1.0 if i else 1e30) for i in range(5)]
     return [None if i in absent.get(rank, ()) else G for i, G in enumerate(drawn)]
 
 
 def sharded(rank: int, path: str, folder: str) -> None:
     """What one of three processes finds: norms, gradients, collectives and skipped steps for each case."""
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=20), rank=rank, world_size=3)
-    pair, alone = dist.new_group([0, 1]), dist.new_group([2])
-    groups = [dist.group.WORLD, dist.group.WORLD, alone if rank == 2 else pair, None]
+    pair, alone, silent = dist.new_group([0, 1]), dist.new_group([2]), dist.new_group([1, 2])
+    groups = [*[dist.group.WORLD] * 2, alone if rank == 2 else pair, None, silent if rank else None]
     torch.set_num_threads(1)
     target, found = load(path), []
     for policy, absent in CASES:
-        weights = [weight(tensor((3, 2 + i), 0)) for i in range(4)]
+        weights = [weight(tensor((3, 2 + i), 0)) for i in range(5)]
         for W, G in zip(weights, gradients(rank, absent), strict=True):
             W.grad = G
-        chain = target.chain([muon(target, weights[0]), *map(sgd, weights[1:])], **policy, process_groups=groups)
+        members = muon(target, weights[0]), *map(sgd, weights[1:4]), exempt(weights[4])
+        chain = target.chain(members, **policy, process_groups=groups)
         with Watch() as watch:
             chain.step()
         found.append((tuple(target.norms(chain)), [W.grad for W in weights], watch.collectives, target.skipped(chain)))
@@ -231,19 +232,19 @@ def test_shards_count_as_one(target: Target, request, tmp_path):
         raise Unsupported("its chains have no process groups") from error
     torch.multiprocessing.spawn(sharded, (request.config.getoption("--target"), str(tmp_path)), nprocs=3)
     for rank, partners in ((0, [0, 1]), (1, [0, 1]), (2, [2])):
-        for (policy, absent), found in zip(CASES, torch.load(tmp_path / str(rank)), strict=True):
-            norms, after, collectives, skipped = found
+        for (policy, absent), (norms, after, collectives, skipped) in zip(CASES, torch.load(tmp_path / str(rank)), strict=True):
             every = [gradients(r, absent) for r in range(3)]
             own = [every[r][i] for i, ranks in ((1, range(3)), (2, partners), (3, [rank])) for r in ranks]
-            threshold, total = (norm(*(G for G in some if G is not None)) for some in (own, own + [G for G, *_ in every]))
+            others = [every[r][i] for i, ranks in ((0, range(3)), (4, [1, 2] if rank else [0])) for r in ranks]
+            threshold, total = (norm(*(G for G in some if G is not None)) for some in (own, own + others))
             clipped = total if policy.get("clip_norm") == "global" else threshold
-            assert collectives == 2 * (policy.get("grad_norm_skip_threshold") != INF), f"{collectives} on rank {rank}: {policy}"
-            assert skipped == {"threshold": int(threshold > policy.get("grad_norm_skip_threshold", INF))}
+            limit, logs = policy.get("grad_norm_skip_threshold"), policy.keys() & {"log_grad_norm", "clip_norm"}
+            assert collectives == 2 * (limit != INF) + bool(rank and logs), f"{collectives} on rank {rank}: {policy}"
+            assert skipped == {"threshold": int(threshold > (limit or INF))}
             for actual, expected in zip(norms, (total, clipped, threshold), strict=True):
                 if actual is not None:
                     close(actual, expected, torch.float32)
-            clips = "clip_grad" in policy and clipped > 0 and not skipped["threshold"]
-            factor = min(1.0, policy["clip_grad"] / clipped) if clips else 1.0
-            for G, before in zip(after[1:], every[rank][1:], strict=True):
+            factor = min(1.0, policy.get("clip_grad", INF) / clipped) if clipped and not skipped["threshold"] else 1.0
+            for G, before in zip(after[1:4], every[rank][1:4], strict=True):
                 if before is not None:
                     close(G, before.double() * factor, torch.float32)

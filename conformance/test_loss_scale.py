@@ -34,6 +34,16 @@ def test_a_loss_scale_changes_no_bit(skipping: Target, device, algorithm, shape,
     assert accept.equal(everything(scaled, b), everything(plain, a))
 
 
+@pytest.mark.clause("SKIP-9")
+def test_a_loss_scale_is_divided_in_the_precision_of_the_state(skipping: Target, device):
+    named = parameters([tensor((6, 4), 0, torch.float16)], device)
+    optimizer, G = skipping.optimizer(named, HYPER), tensor((6, 4), 1, torch.float16)
+    optimizer.grad_scale = torch.tensor(2.0**24, device=device)
+    take(optimizer, named, [G])
+    M = skipping.momentum_buffer(optimizer, named[0][1]).double() * 2.0**24
+    accept.close(actual=M, expected=(1 - HYPER.momentum) * G.double(), dtype=torch.float32)
+
+
 @pytest.mark.clause("SKIP-9", "SKIP-1")
 @pytest.mark.parametrize("way", ["handed over", "unscaled first", "plain"])
 def test_grad_scaler(skipping: Target, device, way):
@@ -75,10 +85,11 @@ def test_accumulated_gradients_are_orthogonalized_once(target: Target, device, s
     named = parameters([tensor((6, 4), seed)], device)
     optimizer = target.optimizer(named, HYPER)
     ((_, p),) = named
+    total = torch.zeros(6, 4)
     with target.orthogonalizing(None) as shapes:
         for i in range(passes):
             (p * tensor((6, 4), seed + i).to(device)).sum().backward()
-        total = p.grad.clone()
+            total += tensor((6, 4), seed + i)
         optimizer.step()
     assert len(shapes) == 1
     (alone,) = parameters([tensor((6, 4), seed)], device)

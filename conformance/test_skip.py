@@ -124,16 +124,17 @@ def test_a_bad_gradient_outweighs_a_bad_update(skipping: Target, device):
 
 @pytest.mark.clause("SKIP-3")
 @dtypes
-@given(shape=shapes, seed=seeds)
-def test_the_guard_changes_no_bit(skipping: Target, device, dtype, shape, seed):
-    results = []
+@given(shape=shapes, seed=seeds, huge=st.booleans())
+def test_the_guard_changes_no_bit(skipping: Target, device, dtype, shape, seed, huge):
+    # Finite, as the momentum is, although its square and the sum of its entries may not be.
+    results, size = [], torch.finfo(dtype).max / 8 if huge else 1.0
     for guarded in (True, False):
         hyper = replace(HYPER, skip_nonfinite=guarded, normuon_beta2=0.9)
         named = parameters([tensor(shape, seed, dtype), tensor((7,), seed, dtype)], device)
         optimizer = skipping.optimizer(named[:1], hyper)
         optimizer.add_param_group(skipping.group(named[1:], replace(hyper, algorithm="adamw", normuon_beta2=None)))
         for i in range(3):
-            take(optimizer, named, [tensor(shape, seed + i, dtype), tensor((7,), seed + i, dtype)])
+            take(optimizer, named, [tensor(shape, seed + i, dtype).clamp(-4, 4) * size, tensor((7,), seed + i, dtype)])
         results.append(everything(named, optimizer))
     assert accept.equal(*results)
 
@@ -176,6 +177,17 @@ def test_found_inf_is_obeyed(skipping: Target, device, guarded, told):
     optimizer.found_inf = torch.tensor(0.0, device=device)
     take(optimizer, named, [tensor((4, 6), 2)])
     assert not accept.equal(everything(named, optimizer), before)
+
+
+@pytest.mark.clause("SKIP-1", "SKIP-5")
+def test_found_inf_is_obeyed_in_a_chain_that_would_step(skipping: Target, device):
+    named = parameters([tensor((4, 6), 0)], device)
+    optimizer = skipping.optimizer(named, replace(HYPER, algorithm="adamw"))
+    chain = skipping.chain([optimizer], grad_norm_skip_threshold=1e6)
+    optimizer.found_inf = torch.ones((), device=device)
+    take(chain, named, [tensor((4, 6), 1)])
+    accept.same_bits(actual=named[0][1], expected=tensor((4, 6), 0))
+    assert skipping.skipped(optimizer)["found_inf"] == 1 and skipping.skipped(chain) == {"threshold": 0}
 
 
 @pytest.mark.clause("SKIP-5")
