@@ -35,10 +35,10 @@ MUTANTS = (
         name="rows that tensor parallelism has divided before in the order of ranks",
         path="impl/placement.py",
         old="found = [shape_and_offset(shape, mesh, list(at), placements)[::-1] for at in product(*map(range, mesh))]",
-        new="placements = tuple(type(p).__base__(p.dim) if hasattr(p, 'split_factor') else p for p in placements)\n"
+        new="placements = tuple(dist.tensor.Shard(p.dim) if hasattr(p, 'split_factor') else p for p in placements)\n"
         "    found = [shape_and_offset(shape, mesh, list(at), placements)[::-1] for at in product(*map(range, mesh))]",
         source="torch's _StridedShard, which FSDP2 makes over tensor parallel: read as Shard, its rows are other rows",
-        clauses=("DIST-2", "SCALE-3"),
+        clauses=("DIST-2", "DIST-4"),
         seed="experts",
     ),
     Mutant(
@@ -64,7 +64,7 @@ MUTANTS = (
         old="return same[self.position.get(owner, owner) % len(same)]",
         new="return same[0]",
         source="pytorch/torchtitan#4411: with hybrid sharding every replica has a part to give, and one should",
-        clauses=("DIST-1", "DIST-2"),
+        clauses=("DIST-2", "DIST-4"),
     ),
     Mutant(
         name="experts unpacked in another order than packed",

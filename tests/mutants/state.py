@@ -8,8 +8,7 @@ DEEP_COPY = """    def __deepcopy__(self, memo: dict[int, Any]) -> "Muon":
 
         twin = copy(self)
         twin.param_groups = deepcopy(self.param_groups, memo)
-        for p in list(self.state):
-            twin.state[deepcopy(p, memo)] = self.state[p]
+        twin.state = type(self.state)(dict, {deepcopy(p, memo): state for p, state in self.state.items()})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
