@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from conformance.target import Target, Unsupported, load
 
@@ -18,7 +18,8 @@ TARGET = pytest.StashKey[Target]()
 OUTCOMES: dict[str, set[str]] = defaultdict(set)
 ORDER = ("failed", "xfailed", "passed", "unsupported", "skipped")
 
-# Reproducible by default, so that a list of known failures cannot flicker; --hypothesis-profile=deep explores.
+# Reproducible by default, so that a list of known failures cannot flicker; --hypothesis-profile=deep explores, and "unshrunk"
+# asks only whether anything fails.
 settings.register_profile(
     "suite",
     derandomize=True,
@@ -28,6 +29,7 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,  # one that is Unsupported is no group of errors
 )
+settings.register_profile("unshrunk", settings.get_profile("suite"), phases=[Phase.explicit, Phase.generate])
 settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("suite")
 

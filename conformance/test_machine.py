@@ -149,4 +149,4 @@ def test_any_run_is_the_run_of_its_accepted_steps(skipping: Target, device):
         pass
 
     Bound.target, Bound.device = skipping, device
-    run_state_machine_as_test(Bound, settings=settings(settings.get_profile("suite"), max_examples=40, stateful_step_count=15))
+    run_state_machine_as_test(Bound, settings=settings(max_examples=40, stateful_step_count=15))

@@ -41,14 +41,14 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-def run(mutant: Mutant, folder: Path) -> str:
+def run(mutant: Mutant, folder: Path, profile: str = "suite") -> str:
     """What pytest says of the mutant, in a copy of the repository; RuntimeError unless it ran to its end."""
     for name in NEEDED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     (folder / mutant.path).write_text(mutant.mutated, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "conformance", "-q", "-p", "no:cacheprovider"]
-    command.append(f"--clauses={','.join(mutant.clauses)}")
+    command += [f"--clauses={','.join(mutant.clauses)}", f"--hypothesis-profile={profile}"]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if process.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: {' '.join(command)} ended with {process.returncode}\n{process.stdout[-4000:]}")
@@ -57,7 +57,7 @@ def run(mutant: Mutant, folder: Path) -> str:
 
 def kill(mutant: Mutant, folder: Path) -> set[str]:
     """The clauses, of those that should, which fail for the mutant."""
-    failed = re.findall(r"^[A-Z]+ +failed +(.*)$", run(mutant, folder), re.M)
+    failed = re.findall(r"^[A-Z]+ +failed +(.*)$", run(mutant, folder, "unshrunk"), re.M)
     return {clause for line in failed for clause in line.split()} & set(mutant.clauses)
 
 
