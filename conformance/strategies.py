@@ -31,6 +31,7 @@ HYPER = Hyper(
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 QKV = ({"rows": 8}, {"rows": 4}, {"rows": 4})
+GATED_QKV = ({"rows": 6}, {"rows": 6}, {"rows": 2}, {"rows": 2})  # the second is the output gate
 # name: (shape of the parameter, its layout)
 LAYOUTS = {
     "experts by rows": ((4 * 6, 10), {"blocks": 4}),
@@ -39,8 +40,7 @@ LAYOUTS = {
     "gate and up of every expert": ((3, 2 * 5, 7), {"blocks": 6}),
     "gate beside up of every expert": ((3, 5, 2 * 7), {"blocks": 3, "columns": 2}),
     "unequal sections": ((16, 9), {"sections": QKV}),
-    "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": QKV}),
-    "gated attention": ((2 * 12, 9), {"groups": 2, "sections": ({"rows": 4}, {"rows": 4}, {"rows": 2}, {"rows": 2})}),
+    "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": GATED_QKV}),
     "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
     "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
     "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),

@@ -134,13 +134,6 @@ MUTANTS = (
         clauses=("ORTH-13",),
     ),
     orthogonalize(
-        name="one product for the whole batch",
-        old="    gram = [x @ x.mT for x in alone]\n",
-        new="    gram = list(torch.stack(alone) @ torch.stack(alone).mT)\n",
-        source="ours: a library picks the kernel of a batched product by the batch's size",
-        clauses=("ORTH-7", "LAYOUT-2"),
-    ),
-    orthogonalize(
         name="strides left as they are",
         old="x.clone(memory_format=torch.contiguous_format)",
         new="x",
@@ -180,7 +173,7 @@ MUTANTS = (
         old="    new = G * (1 - beta)\n",
         new="    new = G.clone()\n",
         source="dion, xtuner, Moonlight; Emerging-Optimizers#166: the same updates, and checkpoints 20 times too large",
-        clauses=("MOM-1", "STATE-2"),
+        clauses=("MOM-1",),
     ),
     stages(
         name="sum and average mixed",

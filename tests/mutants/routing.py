@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     layout(
         name="heads orthogonalized together",
-        old="    if section.head_dim is None:\n",
-        new="    if section.head_dim is None or groups == 1:\n",
+        old="view.reshape(blocks * columns * groups * rows // section.head_dim, section.head_dim, n)",
+        new="view.reshape(blocks * columns, groups * rows, n)",
         source="Megatron-LM#6326: no matrix for each head",
         clauses=("LAYOUT-1", "LAYOUT-2"),
         seed="fused",
