@@ -179,15 +179,20 @@ def test_found_inf_is_obeyed(skipping: Target, device, guarded, told):
     assert not accept.equal(everything(named, optimizer), before)
 
 
-@pytest.mark.clause("SKIP-1", "SKIP-5")
-def test_found_inf_is_obeyed_in_a_chain_that_would_step(skipping: Target, device):
+@pytest.mark.clause("SKIP-1", "CLIP-7")
+def test_found_inf_and_a_threshold_each_stop_one_step(skipping: Target, device):
     named = parameters([tensor((4, 6), 0)], device)
     optimizer = skipping.optimizer(named, replace(HYPER, algorithm="adamw"))
     chain = skipping.chain([optimizer], grad_norm_skip_threshold=1e6)
-    optimizer.found_inf = torch.ones((), device=device)
-    take(chain, named, [tensor((4, 6), 1)])
-    accept.same_bits(actual=named[0][1], expected=tensor((4, 6), 0))
-    assert skipping.skipped(optimizer)["found_inf"] == 1 and skipping.skipped(chain) == {"threshold": 0}
+    moved = []
+    for size, told in ((1e9, None), (1.0, None), (1.0, 1.0), (1.0, 0.0)):
+        if told is not None:
+            optimizer.found_inf = torch.tensor(told, device=device)
+        before = named[0][1].detach().clone()
+        take(chain, named, [tensor((4, 6), 1) * size])
+        moved.append(not accept.equal(named[0][1].detach(), before))
+    assert moved == [False, True, False, True]
+    assert skipping.skipped(chain) == {"threshold": 1}
 
 
 @pytest.mark.clause("SKIP-5")

@@ -278,7 +278,7 @@ MUTANTS = (
         old="told if known is None else torch.maximum(told, scalar(known, told.device))",
         new="told",
         source="ours: what GradScaler found is overwritten by a threshold that was not reached",
-        clauses=("SKIP-1", "SKIP-5"),
+        clauses=("CLIP-7", "SKIP-1"),
     ),
     Mutant(
         name="NaN is a norm to clip to",
