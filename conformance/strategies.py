@@ -44,7 +44,7 @@ LAYOUTS = {
     "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
     "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
     "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),
-    "convolution": ((8, 3, 2, 2), {"flatten": True}),
+    "convolution": ((8, 1, 2, 3), {"flatten": True}),
     "grouped convolution": ((8, 3, 2, 2), {"blocks": 2, "flatten": True}),
 }
 # the same, with sections for AdamW
