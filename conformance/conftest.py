@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite's machinery: which target, which clauses a test speaks for, which failures are known, what held."""
 
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, reject, settings
+from hypothesis.errors import Unsatisfiable
 
 from conformance.target import Target, Unsupported, load
 
@@ -110,6 +113,37 @@ def _mark_known_failures(config: pytest.Config, items: list[pytest.Item]) -> Non
             raise pytest.UsageError(f"{path}: {name} matches no test")
         for item in matching:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Of Hypothesis' examples those count that are supported; a test is unsupported if none of the first ones is."""
+    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if handle is None:
+        return (yield)
+    test, refusals, counted = handle.inner_test, [], []
+
+    @functools.wraps(test)
+    def of_what_it_offers(*args: Any, **options: Any) -> None:
+        if not counted and len(refusals) >= 40:  # and so it stays, however Hypothesis goes on
+            raise refusals[0]
+        try:
+            test(*args, **options)
+        except Unsupported as error:
+            refusals.append(error)
+            reject()
+        except Exception:
+            counted.append(False)
+            raise
+        counted.append(True)
+
+    handle.inner_test = of_what_it_offers
+    try:
+        return (yield)
+    except Unsatisfiable:
+        raise refusals[0] if refusals else Unsatisfiable from None
+    finally:
+        handle.inner_test = test
 
 
 @pytest.hookimpl(wrapper=True)

@@ -238,10 +238,10 @@ def accept_as_alone(target: Target, device: torch.device, case: Case, bits: bool
     found = threads(case.size, together, target, case, device.type)
     one = alone(target, case, device)
     for name, (T, _) in one.parts.items():
-        whole = assemble(found, name, T.shape)
         if bits:
-            accept.same_bits(actual=whole, expected=T)
+            accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
         elif "." not in name:
+            whole = assemble(found, name, T.shape)
             i = int(name[1:])
             before, precision = weight(case, i), target.precision(case.dtype, device)
             steps = [[gradient(case, step, i)] for step in range(case.steps)]
