@@ -6,6 +6,7 @@ offer; the closing table then says "unsupported", never "passed". Nothing regist
 """
 
 import importlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Target(Protocol):
     name: str
     validates: bool  # whether it checks its arguments; if not, clauses on refusals are unsupported
     skips: bool  # whether it can skip a step; if not, SKIP is unsupported
+    shards: bool  # whether it steps DTensors; if not, what is asked of several processes is unsupported
 
     def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype whose rounding limits an orthogonalization of a `dtype` matrix on the device."""
@@ -129,4 +131,7 @@ def watching(module: Any, function: str, poison: float | None) -> Iterator[list[
 def load(path: str) -> Target:
     """The target that `package.module:Name` names."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its package warns of when it is imported
+        found = importlib.import_module(module)
+    return getattr(found, name)()

@@ -23,6 +23,7 @@ class Target:
     name = "impl"
     validates = True
     skips = True
+    shards = True
 
     def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         if dtype == torch.float64:

@@ -19,6 +19,7 @@ class Target:
     name = "reference"
     validates = False
     skips = True
+    shards = False
 
     def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float64

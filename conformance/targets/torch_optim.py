@@ -17,6 +17,7 @@ class Target:
     name = "torch_optim"
     validates = True
     skips = False
+    shards = True
 
     def precision(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16
