@@ -77,8 +77,8 @@ def matrices(layout: Layout, shape: Sequence[int]) -> Iterator[Matrix]:
 
 
 def box(layout: Layout, shape: Sequence[int], offset: Sequence[int], size: Sequence[int]) -> Box | None:
-    """What a part of this offset and size is in terms of rows and columns; None if it is empty."""
-    if not all(size[:-1]) or (layout.flatten and not size[0]):
+    """What a part of this offset and size is in terms of rows and columns; None if it has no rows."""
+    if not all(size[:1] if layout.flatten else size[:-1]):
         return None
     if layout.flatten or len(shape) == 2:
         width = 1
