@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from conformance import accept
 from conformance.campaign import everything
+from conformance.ranks import Case, Outcome, Weight, begin, give, outcome, together
 from conformance.steps import parameters, take
 from conformance.strategies import HYPER, seeds, shapes, tensor
 from conformance.target import Target
+from conformance.worlds import threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 INF = float("inf")
@@ -32,6 +34,30 @@ def test_a_loss_scale_changes_no_bit(skipping: Target, device, algorithm, shape,
         b.grad_scale = torch.tensor(2.0**k, device=device)
         take(b, scaled, [G * 2.0**k])
     assert accept.equal(everything(scaled, b), everything(plain, a))
+
+
+def scaled(rank: int, target: Target, case: Case, device: str, exponents: list[int | None]) -> Outcome:
+    """The case on this rank, whose gradients come with a loss scale, or in some steps without one."""
+    parameters, optimizer = begin(target, case, device)
+    for step, k in enumerate(exponents):
+        optimizer.grad_scale = None if k is None else torch.tensor(2.0**k, device=device)
+        give(case, rank, step, parameters, 2.0 ** (k or 0))
+        optimizer.step()
+    return outcome(target, parameters, optimizer, [])
+
+
+@pytest.mark.dist
+@pytest.mark.clause("SKIP-9", "DIST-1", "DIST-2")
+@pytest.mark.parametrize("mode", ["owned", "distributed"])
+@pytest.mark.parametrize("mesh", [((2,), ("S0",)), ((2,), ("R",)), ((2,), ())], ids=["by rows", "copies", "replicas"])
+def test_a_loss_scale_changes_no_bit_on_any_rank(skipping: Target, device, mesh, mode):
+    weights = (Weight((8, 12)), Weight((12, 8), None, "adamw"))
+    case = Case(*mesh, weights, replace(HYPER, shard_mode=mode), steps=3)
+    plain = threads(case.size, together, skipping, case, device.type)
+    found = threads(case.size, scaled, skipping, case, device.type, [10, None, -3])
+    for each, other in zip(found, plain, strict=True):
+        for name, (T, _) in other.parts.items():
+            accept.same_bits(actual=each.parts[name][0], expected=T)
 
 
 @pytest.mark.clause("SKIP-9")
