@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters on several ranks where options change, a round is not enough, or a rank's part lies across: one process's bits."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import conformance.ranks
+import impl.exchange
+import impl.parts
+from conformance import accept
+from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, take, weight
+from conformance.targets.impl import Target
+from conformance.worlds import threads
+from impl.placement import assign
+
+WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
+# What the first group is told before each step.
+NEWS = (
+    {"lr": 0.1, "weight_decay": 0.5},
+    {"momentum": 0.3, "maximize": True},
+    {"eps": 100.0},
+    {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+    {"ns_steps": 4, "shard_mode": "duplicated"},
+    {"lr": torch.tensor(0.05), "ns_coefficients": "polar_express_s4"},
+)
+
+
+def told(rank: int, case: Case, device: str, alone: bool = False) -> Outcome:
+    """The case, with the news, on this rank or in one process."""
+    if alone:
+        parameters, optimizer = construct(Target(), case, [weight(case, i).to(device) for i in range(len(case.weights))])
+    else:
+        parameters, optimizer = begin(Target(), case, device)
+    for step, news in enumerate(NEWS):
+        optimizer.param_groups[0].update(news)
+        take(case, rank, step, parameters, optimizer)
+    return outcome(Target(), parameters, optimizer, [])
+
+
+@pytest.mark.parametrize("placement", ["S0", "R"])
+def test_options_that_change_between_steps(device, placement):
+    case = Case((2,), (placement,), WEIGHTS)
+    found, one = threads(2, told, case, device.type), told(0, case, device.type, alone=True)
+    for name, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rounds_hold_all_matrices_and_no_more_at_a_time_than_they_should(device, monkeypatch, size):
+    """Three of eight matrices are one rank's."""
+    orthogonalize, sizes = impl.parts.orthogonalize, []
+
+    def watched(X, *schedule):
+        sizes.append(len(X))
+        return orthogonalize(X, *schedule)
+
+    monkeypatch.setattr(impl.parts, "orthogonalize", watched)
+    monkeypatch.setattr(impl.exchange, "ROUND", size * 8 * 12)
+    accept_as_alone(Target(), device, Case((3,), ("S0",), (Weight((8, 12)),) * 7 + (Weight((12, 8)),)), bits=True)
+    assert sizes and max(sizes) <= size
+
+
+def test_the_work_is_shared_by_what_it_costs():
+    """The last one lies nowhere whole; the others do on two of three ranks, which get 4 + 1 and 3 + 2 to do."""
+    assert assign([1, 4, 3, 2, 5], [(0, 1)] * 4 + [()], 3) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("placement", ["S0", "S1"])
+def test_parts_that_lie_across(device, monkeypatch, placement):
+    """A weight that was transposed before it was divided is stepped where it lies."""
+    straight = conformance.ranks.spread
+
+    def across(*where):
+        D = straight(*where)
+        own = D.to_local()
+        own = own.mT.contiguous().mT if own.ndim == 2 else own
+        return DTensor.from_local(own, D.device_mesh, D.placements, run_check=False, shape=D.shape, stride=D.stride())
+
+    monkeypatch.setattr(conformance.ranks, "spread", across)
+    accept_as_alone(Target(), device, Case((2,), (placement,), (Weight((8, 12)), Weight((12, 8), None, "adamw"))), bits=True)
