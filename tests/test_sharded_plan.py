@@ -13,7 +13,7 @@ import torch
 import impl.batches
 import impl.sharded
 from conformance import accept
-from conformance.ranks import Case, Outcome, Weight, alone, assemble, together
+from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, construct, give, outcome, together, weight
 from conformance.strategies import FUSED, HYPER
 from conformance.targets.impl import Target
 from conformance.worlds import processes, threads
@@ -74,5 +74,46 @@ def test_ranks_have_the_bits_of_one_process(device, walked, name, monkeypatch):
     monkeypatch.setattr(impl.batches, "usable", lambda device: True)
     one, here = alone(Target(), CASES[name], device), [each[name] for each in walked[CASES[name].size]]
     assert [each.skipped for each in here] == [one.skipped] * len(here)
+    for key, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
+
+
+CHANGING = Case((1,), ("S0",), (Weight((7, 9)), Weight((9, 7))), SHORT, missing=frozenset([(3, 0, 1)]))
+
+
+def changed(rank: int, device: str, one: bool) -> Outcome:
+    """Steps of CHANGING, by the sharded plan or by one process's: where scale, an option and gradients change."""
+    if one:
+        parameters, optimizer = construct(Target(), CHANGING, [weight(CHANGING, i).to(device) for i in range(2)])
+    else:
+        parameters, optimizer = begin(Target(), CHANGING, device)
+    changes = [
+        (None, "original"),
+        (4.0, "original"),
+        (4.0, "match_rms_adamw"),
+        (2.0, "match_rms_adamw"),
+        (8.0, "match_rms_adamw"),
+    ]
+    for step, (scale, function) in enumerate(changes):
+        optimizer.grad_scale = None if scale is None else torch.tensor(scale, device=device)
+        for group in optimizer.param_groups:
+            group["adjust_lr_fn"] = function
+        give(CHANGING, rank, step, parameters, scale or 1.0)
+        optimizer.step()
+    return outcome(Target(), parameters, optimizer, [])
+
+
+def test_what_changes_between_steps(device, monkeypatch):
+    """Gradients come in the same memory in every step, as an allocator may have it."""
+    monkeypatch.setattr(impl.batches, "usable", lambda device: True)
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    straight, memory = impl.sharded.Sharded._gradient, {}
+
+    def same_place(self, p):
+        G = straight(self, p)
+        return memory.setdefault(p, torch.empty_like(G)).copy_(G)
+
+    monkeypatch.setattr(impl.sharded.Sharded, "_gradient", same_place)
+    one, here = changed(0, device.type, True), threads(1, changed, device.type, False)
     for key, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
