@@ -26,6 +26,7 @@ SHAPES = [
     *((8, 240 + n) for n in range(16)),
     *((240 + n, 8) for n in range(16)),
     *((m, n) for m in SIZES for n in SIZES if not INTERPRETED or m in (1, 65, 129) or n == 64),
+    (100, 600),  # more tiles than there are programs for a matrix whose scale was guessed wrong
 ]
 LR, DECAY, BETA, SCALE = 0.02, 0.1, 0.95, 0.75
 
