@@ -339,3 +339,14 @@ def test_complex_gradients_are_clipped_too():
     ChainedOptimizer([torch.optim.SGD([p], lr=1.0)], clip_grad=6.5).step()
     torch.testing.assert_close(p.grad, G / 2)
     torch.testing.assert_close(p.detach(), -G / 2)
+
+
+def test_norms_of_an_earlier_step_are_gone():
+    ps = weights()
+    chain = chain_of(ps, log_grad_norm=True)
+    give(ps)
+    chain.step()
+    assert chain.norms.total is not None
+    chain.log_grad_norm = False
+    chain.step()
+    assert list(chain.norms) == [None] * 3

@@ -185,6 +185,21 @@ def test_options_of_a_group_survive_a_checkpoint_that_lacks_them():
     assert (group["layout"], group["adamw_betas"], group["maximize"]) == (Layout(blocks=2), (0.5, 0.6), True)
 
 
+def test_a_loaded_momentum_with_other_strides_steps_alike():
+    W, M, G = (torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    results = []
+    for saved in (M, M.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        p = nn.Parameter(W.clone())
+        optimizer = Muon([p], layout=Layout(blocks=4))
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {0: {"momentum_buffer": saved}}, "param_groups": groups})
+        assert optimizer.state[p]["momentum_buffer"].is_contiguous(), "kernels find it by its address"
+        p.grad = G.clone()
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
 def test_load_hooks_see_and_change_what_is_loaded():
     p = nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
     optimizer = Muon([p])

@@ -87,6 +87,16 @@ def test_the_dump_holds_the_first_failure_and_its_culprits_only(tmp_path):
     assert torch.equal(dump["bad"]["momentum_buffer"], before)
 
 
+def test_the_dump_holds_gradients_as_they_are_descended(tmp_path):
+    """Without the loss scale, so that they are in the unit of the momentum beside them."""
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = Muon([p], dump_nonfinite=tmp_path / "dump.pt", maximize=True)
+    optimizer.grad_scale = torch.tensor(4.0)
+    one_step(optimizer, torch.tensor([[NAN, 8.0, 8.0]] * 2))
+    dump = torch.load(tmp_path / "dump.pt", weights_only=True)
+    assert dump["0.0"]["gradient"][:, 1:].eq(-2.0).all()
+
+
 def test_copies_keep_the_guard(alone):
     optimizer = Muon([nn.Parameter(torch.ones(2, 3))], process_group=alone, skip_nonfinite=True)
     one_step(optimizer, torch.full((2, 3), NAN))
