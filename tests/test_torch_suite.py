@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch.testing._internal.common_optimizers import optim_db
 
-from tests import torch_suite
-
+torch_suite = pytest.importorskip("tests.torch_suite", reason="torch's own tests need expecttest")
 ROOT = Path(__file__).parent.parent
 FORM = """
 from optim.test_lrscheduler import TestLRScheduler
@@ -37,7 +35,7 @@ class TestOptimRenewed(TestCase):
 instantiate_device_type_tests(TestOptimRenewed, globals(), only_for="cpu")
 """
 CASE = """
-    @optims(optim_db)
+    @optims(torch_suite.optim_db)
     def {name}(self, device, dtype, optim_info):
         {body}
 """
@@ -58,9 +56,9 @@ def write(tmp_path: Path) -> Iterator[Callable[[int, str], Path]]:
         path.write_text(FORM.format(passing=passing, more=more), encoding="utf-8")
         return path
 
-    before = optim_db[:]
+    before = torch_suite.optim_db[:]
     yield form
-    optim_db[:] = before
+    torch_suite.optim_db[:] = before
     for module in [name for name in sys.modules if name.partition(".")[0] in ("optim", "torch_test_optim")]:
         del sys.modules[module]
 
