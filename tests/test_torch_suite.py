@@ -35,7 +35,7 @@ class TestOptimRenewed(TestCase):
 instantiate_device_type_tests(TestOptimRenewed, globals(), only_for="cpu")
 """
 CASE = """
-    @optims(torch_suite.optim_db)
+    @optims(optim_db)
     def {name}(self, device, dtype, optim_info):
         {body}
 """
