@@ -125,12 +125,12 @@ def pytest_runtest_call(item: pytest.Item):
 
     @functools.wraps(test)
     def of_what_it_offers(*args: Any, **options: Any) -> None:
-        if not counted and len(refusals) >= 40:  # and so it stays, however Hypothesis goes on
-            raise refusals[0]
         try:
             test(*args, **options)
         except Unsupported as error:
             refusals.append(error)
+            if not counted and len(refusals) == 40:
+                pytest.skip("none is supported")  # which Hypothesis takes for the end
             reject()
         except Exception:
             counted.append(False)
@@ -140,8 +140,10 @@ def pytest_runtest_call(item: pytest.Item):
     handle.inner_test = of_what_it_offers
     try:
         return (yield)
-    except Unsatisfiable:
-        raise refusals[0] if refusals else Unsatisfiable from None
+    except (Unsatisfiable, pytest.skip.Exception):
+        if counted or not refusals:
+            raise
+        raise refusals[0] from None
     finally:
         handle.inner_test = test
 
