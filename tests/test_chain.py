@@ -350,3 +350,10 @@ def test_norms_of_an_earlier_step_are_gone():
     chain.log_grad_norm = False
     chain.step()
     assert list(chain.norms) == [None] * 3
+
+
+def test_zeros_are_clipped_to_zero():
+    ps = weights()
+    give(ps, scale=0.0)
+    clip_grad_norm_(chain_of(ps), 0.0)
+    assert all(p.grad.eq(0).all() for p in ps)

@@ -142,6 +142,24 @@ def test_gradients_of_another_dtype(device, take, dtype):
     accept_same_steps(take, build, [[None], [None]], change)
 
 
+def test_dtypes_that_change_between_steps(device, take):
+    """First the weight's, which somebody casts, then its gradient's, where torch allows that."""
+    shapes = [((24, 40), {}), ((9, 5), {})]
+    dtypes = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch knows no grad_dtype")
+
+    def change(optimizer: Muon, step: int) -> None:
+        weight, gradient = dtypes[step]
+        for i, group in enumerate(optimizer.param_groups):
+            (p,) = group["params"]
+            p.grad = None
+            p.data, p.grad_dtype = p.data.to(weight), None
+            p.grad = tensor(tuple(p.shape), 10 * step + i).to(device, gradient)
+
+    accept_same_steps(take, lambda: make(device, shapes), [[None, None]] * len(dtypes), change)
+
+
 def test_missing_and_late_gradients(device, take):
     shapes = [((24, 40), {}), ((24, 40), {}), ((9, 5), {"normuon_beta2": 0.9}), ((24, 40), {"normuon_beta2": 0.9})]
     gradients = random_gradients(shapes, 4)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters on several ranks where options change, a round is not enough, or a rank's part lies across: one process's bits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -79,3 +81,21 @@ def test_parts_that_lie_across(device, monkeypatch, placement):
 
     monkeypatch.setattr(conformance.ranks, "spread", across)
     accept_as_alone(Target(), device, Case((2,), (placement,), (Weight((8, 12)), Weight((12, 8), None, "adamw"))), bits=True)
+
+
+def dumped(rank: int, case: Case, device: str, path: Path) -> None:
+    parameters, optimizer = begin(Target(), case, device)
+    optimizer.guard.dump = path
+    take(case, rank, 0, parameters, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+def test_a_rank_dumps_its_own_part_of_what_it_found(device, tmp_path):
+    """And those that have found nothing, nothing."""
+    threads(3, dumped, Case((3,), ("S0",), WEIGHTS, poison=frozenset([(0, 1, 2)])), device.type, tmp_path / "dump")
+    assert [path.name for path in tmp_path.iterdir()] == ["dump.rank1"]
+    (found,) = torch.load(tmp_path / "dump.rank1", weights_only=True).items()
+    assert found[0] == "w2" and {key: tuple(T.shape) for key, T in found[1].items()} == {
+        "gradient": (3,), "exp_avg": (3,), "exp_avg_sq": (3,), "step": ()
+    }  # fmt: skip
+    assert {type(T) for T in found[1].values()} == {torch.Tensor}
