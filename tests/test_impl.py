@@ -273,3 +273,20 @@ def test_sections_may_be_a_list():
     assert layout == Layout(sections=(Section(8), Section(4))) and hash(layout) == hash(
         Layout.of({"sections": layout.sections})
     )
+
+
+def test_rates_that_are_two_tensors_stay_two():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
+    rates = [torch.tensor(0.1), torch.tensor(0.1)]
+    groups = param_groups(model, head=(), overrides={f"{i}.weight": {"lr": lr} for i, lr in enumerate(rates)})
+    assert [id(group["lr"]) for group in groups] == [id(lr) for lr in rates]
+
+
+def test_a_count_is_no_flag():
+    with pytest.raises(ValueError, match="blocks should be an integer >= 1 but is True"):
+        Muon([nn.Parameter(torch.ones(2, 3))], layout=Layout(blocks=True))
+
+
+def test_the_report_tells_the_rate_of_adamw():
+    group = {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw", "adamw_lr_ratio": 0.5}
+    assert Muon([group], lr=0.03).report().splitlines()[2].split()[-2] == "0.015"

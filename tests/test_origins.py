@@ -198,3 +198,10 @@ def test_a_parameter_without_state_begins_anew():
     first, *others = (optimizer.state[p]["momentum_buffer"] for p in made)
     CLOSE(first, torch.full_like(first, 1 - MU))
     assert not any(M.any() for M in others)
+
+
+def test_a_sum_becomes_an_average_by_the_momentum_of_its_group():
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = Muon([{"params": [p], "momentum": 0.5}], momentum=0.9)
+    import_state(optimizer, {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}}, [p], "moonlight")
+    assert optimizer.state[p]["momentum_buffer"].eq(0.5).all()
