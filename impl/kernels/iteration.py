@@ -89,7 +89,7 @@ def iteration(
 ) -> tuple[Tensor, Launches, Tensor]:
     """Where the matrices are to be put, the launches that leave them orthogonalized in O, and the last one's left factor.
 
-    [SPEC: ORTH-1 to ORTH-12]
+    [SPEC: ORTH]
 
     Args:
         O: (B, padded(m), n) float16, a part of a batch.
