@@ -30,6 +30,10 @@ if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it an
     threaded.ThreadLocalWorld.comms = []  # type: ignore[attr-defined]
 
 
+class Hang(BaseException):
+    """Ranks wait for each other. It is no Exception, or else Hypothesis would wait again and again for the smallest one."""
+
+
 class Log(TorchDispatchMode):
     """Lists the collectives that run inside, and their bytes; of real process groups, not of threads."""
 
@@ -50,7 +54,7 @@ class Log(TorchDispatchMode):
 
 
 def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of function(rank, *arguments) on ranks that are threads."""
+    """The results of function(rank, *arguments) on ranks that are threads, which have four times TIMEOUT."""
     if torch.cuda.is_available():
         torch.cuda.init()  # or else each thread would be told to choose a device
     with FakeTensorMode():
@@ -76,8 +80,15 @@ def threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[An
         each = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
         for thread in each:
             thread.start()
+        end = time.monotonic() + 4 * TIMEOUT.total_seconds()
         for thread in each:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
+        if hung := [rank for rank, thread in enumerate(each) if thread.is_alive()]:
+            hang = Hang(f"ranks {hung} were still at it after {4 * TIMEOUT.total_seconds():.0f} s")
+            threaded.ProcessLocalGroup.exception_handle(hang)
+            for thread in each:
+                thread.join()
+            raise hang
     finally:
         _set_thread_isolation_mode(False)
         threaded._uninstall_threaded_pg()
