@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which clauses of SPEC.md each implementation holds: `python -m conformance.scorecard [--jobs 2] [NAME ...]`.
+
+Runs the suite once for every target of TARGETS, or for those named, in a process of its own, which takes minutes; prints a
+table, and the defects with a command for each; and writes scorecard.json and scorecard.png into conformance/scorecard.
+Implementations that were not named keep what that file says of them. A known failure (xfails/) is a failure.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from conformance.conftest import CLAUSES
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "scorecard"
+# name of a target and of its list of known failures -> what it is called, the distribution it comes in, how that is installed
+TARGETS = {
+    "impl": ("this repository", "polar-muon", "pip install -e ."),
+    "reference": ("reference/", "polar-muon", "pip install -e ."),
+    "torch_optim": ("torch.optim.Muon", "torch", "pip install torch"),
+    "kellerjordan": ("KellerJordan/Muon", "muon-optimizer", "pip install git+https://github.com/KellerJordan/Muon"),
+    "dion": ("dion", "dion", "pip install git+https://github.com/microsoft/dion"),
+    "emerging_optimizers": ("Emerging-Optimizers", "emerging-optimizers", "pip install emerging-optimizers (Python 3.12)"),
+    "optax": ("optax.contrib.muon", "optax", "pip install optax jax"),
+    "gram_newton_schulz": ("gram-newton-schulz", "gram-newton-schulz", "pip install gram-newton-schulz"),
+}
+VERDICTS = {
+    "passed": "held",
+    "failed": "failed",
+    "xfailed": "failed",
+    "unsupported": "not offered",
+    "skipped": "not run",
+    "not run": "not run",
+}
+COLOURS = {"held": "#2a7fb8", "failed": "#e66101", "not offered": "#e8e8e8", "not run": "#ffffff"}
+ROW = re.compile(rf"^[A-Z]+ +({'|'.join(VERDICTS)}) +((?:[A-Z]+-\d+ ?)+)$", re.M)
+
+
+def parse(output: str) -> dict[str, str]:
+    """Clause -> verdict, of the table that closes the suite's output."""
+    found = {id: VERDICTS[outcome] for outcome, ids in ROW.findall(output) for id in ids.split()}
+    return {id: found.get(id, "not run") for id in CLAUSES} if found else {}
+
+
+def version(distribution: str) -> str:
+    """Of a distribution, with the commit where it was installed from one."""
+    try:
+        found = metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    commit = origin.get("vcs_info", {}).get("commit_id", "")[:7]
+    return f"{found.version.partition('+')[0]} at {commit}" if commit else found.version.partition("+")[0]
+
+
+def defects(name: str) -> list[dict[str, Any]]:
+    """The known failures of a target, one entry for each reason, with the command that shows the first of its tests."""
+    path = HERE / "xfails" / f"{name}.txt"
+    grouped: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        test, _, reason = (part.strip() for part in line.partition("  # "))
+        if reason and not test.startswith("#"):
+            grouped.setdefault(reason, []).append(test)
+    target = f"--target=conformance.targets.{name}:Target"
+    return [
+        {"defect": reason, "tests": len(tests), "shown by": f'pytest "conformance/{tests[0]}" {target} --xfails=/dev/null'}
+        for reason, tests in sorted(grouped.items())
+    ]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run the suite for a target; without clauses where it cannot be imported or did not come to an end."""
+    label, distribution, install = TARGETS[name]
+    result: dict[str, Any] = {"label": label, "version": version(distribution), "install": install, "clauses": {}}
+    command = [sys.executable, "-m", "pytest", "conformance", f"--target=conformance.targets.{name}:Target"]
+    command += ["-q", "--tb=no", "-p", "no:cacheprovider"]
+    lines = []
+    with subprocess.Popen(
+        command, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line)
+            if done := re.search(r"\[ *(\d+%)\]$", line.rstrip()):
+                sys.stderr.write(f"{name}: {done[1]}\n")
+    output = "".join(lines)
+    if process.returncode == 4 and "ERROR: --target=" in output:
+        result["problem"] = "not installed"
+    elif not (clauses := parse(output)):
+        result["problem"] = f"no table of clauses; the end of the output:\n{output[-2000:]}"
+    else:
+        result |= {"clauses": clauses, "defects": defects(name), "green": process.returncode == 0}
+    sys.stderr.write(f"{name}: {result.get('problem', 'done')}\n")
+    return result
+
+
+def sections() -> list[str]:
+    return list(dict.fromkeys(id.partition("-")[0] for id in CLAUSES))
+
+
+def counts(clauses: dict[str, str], section: str = "") -> str:
+    """held/failed/not offered, a section's or all; clauses that were not run are counted with these."""
+    found = Counter(verdict for id, verdict in clauses.items() if id.startswith(f"{section}-" if section else ""))
+    return f"{found['held']}/{found['failed']}/{found['not offered'] + found['not run']}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Lines: implementations by sections, then what they fail, then what is not there."""
+    there = {name: each for name, each in results.items() if each["clauses"]}
+    rows = [["held/failed/not offered", "version", "all", *sections()]]
+    for each in there.values():
+        by_section = [counts(each["clauses"], section) for section in sections()]
+        rows.append([each["label"], each["version"], counts(each["clauses"]), *by_section])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    for each in there.values():
+        if each["defects"]:
+            yield f"\n{each['label']} {each['version']} fails:"
+        for defect in each["defects"]:
+            yield f"- {defect['defect']} ({defect['tests']})\n    {defect['shown by']}"
+    for each in results.values():
+        if not each["clauses"]:
+            yield f"\n{each['label']}: {each['problem']}; to install it: {each['install']}"
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """One cell for each clause of each implementation."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+    except ImportError as error:
+        raise SystemExit(f"the picture is drawn by matplotlib (pip install matplotlib): {error}") from error
+    rows = [each for each in results.values() if each["clauses"]]
+    left = {id: i + sections().index(id.partition("-")[0]) for i, id in enumerate(CLAUSES)}  # a gap before each section
+    width = max(left.values()) + 1
+    figure = Figure(figsize=(0.2 * width + 3.4, 0.42 * len(rows) + 1.6), layout="constrained")
+    axes = figure.add_subplot()
+    for y, each in enumerate(rows):
+        for id, x in left.items():
+            colour = COLOURS[each["clauses"].get(id, "not run")]
+            axes.add_patch(Rectangle((x + 0.05, y + 0.1), 0.9, 0.8, facecolor=colour, edgecolor="#b0b0b0", linewidth=0.4))
+        axes.text(width + 0.5, y + 0.5, counts(each["clauses"]), va="center", fontsize=10)
+    for id, x in left.items():
+        axes.text(x + 0.5, -0.15, id.partition("-")[2], ha="center", va="bottom", fontsize=8)
+    for section in sections():
+        own = [x for id, x in left.items() if id.startswith(section + "-")]
+        name = section if len(own) > 2 else section.replace("DECAY", "DEC.")
+        axes.text((own[0] + own[-1] + 1) / 2, -0.85, name, ha="center", va="bottom", fontsize=9, weight="bold")
+    axes.set(xlim=(0, width + 6), ylim=(len(rows), -1.6), yticks=[y + 0.5 for y in range(len(rows))], xticks=[])
+    axes.set_yticklabels([f"{each['label']} {each['version']}".strip() for each in rows], fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    legend = [Patch(facecolor=COLOURS[v], edgecolor="#b0b0b0", label=v) for v in ("held", "failed", "not offered")]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m conformance.scorecard", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *TARGETS], help=f"some of {', '.join(TARGETS)} [all]")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time [1]")
+    options = parser.parse_args(arguments)
+    data = FOLDER / "scorecard.json"
+    known = json.loads(data.read_text()) if options.names and data.exists() else {}
+    names = options.names or list(TARGETS)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = known | dict(zip(names, pool.map(measure, names), strict=True))
+    results = {name: found[name] for name in TARGETS if name in found}
+    FOLDER.mkdir(exist_ok=True)
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    sys.stdout.write("\n".join(table(results)) + "\n")
+    draw(results, FOLDER / "scorecard.png")
+
+
+if __name__ == "__main__":
+    main()
