@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.target import Unsupported
 
-TIMEOUT = timedelta(seconds=15)
+TIMEOUT = timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "15")))
 if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it and has it not
     threaded.ThreadLocalWorld.comms = []  # type: ignore[attr-defined]
 

@@ -28,7 +28,7 @@ class Interpreted(pytest.Item):
         # NumPy, which does the interpreter's arithmetic, warns of what floating point numbers are meant to do.
         options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-W", "ignore::DeprecationWarning"]
         command = [sys.executable, "-m", "pytest", *options, str(self.path)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "RANKS_TIMEOUT": "150"}  # an interpreter takes its time
         process = subprocess.run(command, cwd=self.config.rootpath, env=environment, capture_output=True, text=True)
         if process.returncode:
             pytest.fail(f"{' '.join(command)}\n{process.stdout[-20000:]}\n{process.stderr[-2000:]}", pytrace=False)
