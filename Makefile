@@ -11,7 +11,7 @@ train: .venv/installed
 
 # pytest comes last, so that its table of clauses closes the output. A process for each core; a file's tests stay together.
 test: check
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # Every wrong optimizer of tests/mutants, against the clauses that should notice; minutes, and a page in runs.
 mutants: .venv/installed
