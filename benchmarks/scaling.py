@@ -24,6 +24,7 @@ from benchmarks.peers import divided
 from benchmarks.shapes import MODELS, Model
 from impl import Muon
 from impl.exchange import Round
+from impl.placement import work
 from impl.sharded import Sharded
 
 RESULTS = Path(__file__).parent / "results" / "nvidia-h200"
@@ -46,14 +47,14 @@ def rounds(model: Model, world: int) -> Sequence[Round]:
 
 def shares(found: Sequence[Round], world: int) -> tuple[float, float]:
     """Of the rank with most of each: its part of all work, and the bytes that it gets, or sends, in float16."""
-    work, entries = [0] * world, [0] * world
+    todo, entries = [0] * world, [0] * world
     for each in found:
         m, n = each.key.m, each.key.n
         for job in each.jobs:
-            work[job.owners[0]] += m * m * (3 * n + 7 * m)
+            todo[job.owners[0]] += work(m, n)
             entries[job.owners[0]] += m * n
     # Of its own matrices it gets what others hold; and of theirs, in return, its own part.
-    return max(work) / sum(work), 2 * (max(entries) + sum(entries) / world) * (world - 1) / world
+    return max(todo) / sum(todo), 2 * (max(entries) + sum(entries) / world) * (world - 1) / world
 
 
 def main() -> None:
@@ -66,10 +67,10 @@ def main() -> None:
     for layers in (4, 32):
         for world in (2, 4, 8, 64, 1024):
             every = rounds(MODELS[NAME] * (layers // 4), world)
-            (work, size), whole = shares(every, world), alone * layers / 4
+            (share, size), whole = shares(every, world), alone * layers / 4
             exchange = 1e3 * size / (rate if world <= HOST else NODE)
-            time = whole * work + slowed * exchange
-            cells = (layers, world, 2 + 2 * len(every), f"{work * world:.2f}", f"{size / 1e6:.0f}", f"{time:.1f}")
+            time = whole * share + slowed * exchange
+            cells = (layers, world, 2 + 2 * len(every), f"{share * world:.2f}", f"{size / 1e6:.0f}", f"{time:.1f}")
             print("  ".join(str(cell).ljust(11) for cell in (*cells, f"{whole / world / time:.2f}")).rstrip())
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from impl.gram import orthogonalize_parts
-from impl.placement import Boxes, assign
+from impl.placement import Boxes, assign, work
 from impl.schedules import Schedule
 from impl.shards import Matrix, Rect, restrict
 
@@ -218,7 +218,7 @@ def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessG
     holders = [job.held.holders(job.matrix, key.normuon_beta2 is not None) for key, job in jobs]
     covers = [job.held.covers(job.matrix) for _, job in jobs]
     free = [i for i, (key, _) in enumerate(jobs) if key.mode == "owned"]
-    costs = [m * m * (3 * n + 7 * m) for i in free for m, n in [sorted(jobs[i][1].matrix.size)]]  # half of five steps' work
+    costs = [work(*sorted(jobs[i][1].matrix.size)) for i in free]
     owners = dict(zip(free, assign(costs, [covers[i] for i in free], world), strict=True))
     batches: dict[Key, list[Job]] = defaultdict(list)
     for i, (key, job) in enumerate(jobs):

@@ -150,6 +150,11 @@ def _boxes(
     return Boxes(tuple(box(layout, shape, *at[rank]) for rank in ranks))
 
 
+def work(m: int, n: int) -> int:
+    """In proportion to what five steps cost for an m x n matrix, m <= n, as kernels/iteration.py takes them."""
+    return m * m * (3 * n + 7 * m)
+
+
 def assign(costs: Sequence[float], candidates: Sequence[Sequence[int]], world: int) -> list[int]:
     """An owner for each matrix: the largest first, each to the rank with the least to do.
 
