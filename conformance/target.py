@@ -112,6 +112,31 @@ class Target(Protocol):
         ...
 
 
+class Partial:
+    """What most implementations do not offer, for their adapters to inherit."""
+
+    def variance_buffer(self, optimizer: Any, p: Tensor) -> Tensor:
+        raise Unsupported("it has no NorMuon")
+
+    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
+        raise Unsupported("it clips nothing")
+
+    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
+        raise Unsupported("it has no chains")
+
+    def norms(self, chain: Any) -> Norms:
+        raise Unsupported("it has no chains")
+
+    def skipped(self, optimizer: Any) -> dict[str, int]:
+        raise Unsupported("it skips no steps")
+
+    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
+        raise Unsupported("it has no routing")
+
+    def report(self, model: nn.Module, **options: Any) -> str:
+        raise Unsupported("it has no report")
+
+
 @contextmanager
 def watching(module: Any, function: str, poison: float | None) -> Iterator[list[torch.Size]]:
     """`Target.orthogonalizing` for an implementation that calls this function of a module."""

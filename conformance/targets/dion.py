@@ -7,26 +7,25 @@ hands over. `you` and `polar_express` are its own. Its functions run without bei
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import dion
 import torch
 from dion import megabatch_base
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 import reference
-from conformance.target import Hyper, Named, Norms, Unsupported, watching
+from conformance.target import Hyper, Named, Partial, Unsupported, watching
 
 torch.compiler.set_stance("force_eager")
 EPS = 1e-8  # its default
 OWN = {("you", 5): megabatch_base.zeropower_via_newtonschulz5, ("polar_express", 5): megabatch_base.polar_express}
 
 
-class Target:
+class Target(Partial):
     name = "dion"
     validates = True
     skips = False
@@ -75,29 +74,8 @@ class Target:
         mu = next(group["mu"] for group in optimizer.param_groups if any(p is q for q in group["params"]))
         return optimizer.state[p]["momentum"] * (1 - mu)
 
-    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
-    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
-        raise Unsupported("it clips nothing")
-
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("it has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("it has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         return watching(megabatch_base, "muon_update_newton_schulz", poison)
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")
 
 
 def _jordan(X: Tensor, epsilon: Tensor) -> Tensor:

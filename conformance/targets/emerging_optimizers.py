@@ -3,25 +3,24 @@
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from emerging_optimizers import utils
 from emerging_optimizers.orthogonalized_optimizers import muon, muon_utils
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Norms, Unsupported, watching
+from conformance.target import Hyper, Named, Partial, Unsupported, watching
 
 EPS = 1e-15  # its default
 NAMES = {"jordan": "simple", "you": "quintic"}  # its polar_express has another margin than SPEC.md's
 SCALES = {None: ("shape_scaling", 1.0), "original": ("shape_scaling", 1.0), "match_rms_adamw": ("spectral", 0.2)}
 
 
-class Target:
+class Target(Partial):
     name = "emerging_optimizers"
     validates = True
     skips = False
@@ -58,29 +57,8 @@ class Target:
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
 
-    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
-    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
-        raise Unsupported("it clips nothing")
-
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("it has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("it has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         return watching(muon_utils, "newton_schulz", poison)
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")
 
 
 def _fixed(hyper: Hyper) -> dict[str, Any]:

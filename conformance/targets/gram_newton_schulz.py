@@ -3,22 +3,21 @@
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import gram_newton_schulz
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Norms, Unsupported
+from conformance.target import Hyper, Named, Partial, Unsupported
 
 EPS = 1e-7  # its default
 JORDAN = [3.4445, -4.7750, 2.0315]
 
 
-class Target:
+class Target(Partial):
     name = "gram_newton_schulz"
     validates = False
     skips = False
@@ -42,29 +41,8 @@ class Target:
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         raise Unsupported("its orthogonalization alone is held to SPEC.md")
 
-    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
-    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
-        raise Unsupported("it clips nothing")
-
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("it has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("it has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         raise Unsupported("it has no optimizer here")
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")
 
 
 def _coefficients(schedule: Any, steps: int) -> list[Any]:

@@ -6,21 +6,20 @@ Its fixed choices are those of the first Muon: `jordan` for five steps, Nesterov
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import muon
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Norms, Unsupported, watching
+from conformance.target import Hyper, Named, Partial, Unsupported, watching
 
 
-class Target:
+class Target(Partial):
     name = "kellerjordan"
     validates = False
     skips = False
@@ -62,26 +61,5 @@ class Target:
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
 
-    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
-    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
-        raise Unsupported("it clips nothing")
-
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("it has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("it has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         return watching(muon, "zeropower_via_newtonschulz5", poison)
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")

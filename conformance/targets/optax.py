@@ -5,7 +5,6 @@ Its functions are compiled once for all optimizers with the same options, as one
 """
 
 import functools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import optax
 import torch
 from optax.contrib import _muon
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-from conformance.target import Hyper, Named, Norms, Unsupported
+from conformance.target import Hyper, Named, Partial, Unsupported
 
 jax.config.update("jax_enable_x64", True)
 EPS = 1e-8  # its default
@@ -26,7 +25,7 @@ PRESETS = {"jordan": "standard", "you": "dion"}
 ROWS_OUT = _muon.MuonDimensionNumbers(reduction_axis=1, output_axis=0)  # torch's weights are the transposes of flax's
 
 
-class Target:
+class Target(Partial):
     name = "optax"
     validates = False
     skips = False
@@ -73,29 +72,8 @@ class Target:
         """It keeps the average, and corrects its bias where it is used."""
         return _torch(optimizer.states[p].inner_states["muon"].inner_state[0].mu["w"])
 
-    def variance_buffer(self, optimizer: Any, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
-    def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
-        raise Unsupported("it clips nothing")
-
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("it has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("it has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         raise Unsupported("what it does is compiled")
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")
 
 
 class Optimizer:

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.optim.Muon, with the epsilon that it has unless told otherwise."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import _muon
 from torch.optim.optimizer import Optimizer
 
-from conformance.target import Hyper, Named, Norms, Unsupported, watching
+from conformance.target import Hyper, Named, Norms, Partial, Unsupported, watching
 
 
-class Target:
+class Target(Partial):
     name = "torch_optim"
     validates = True
     skips = False
@@ -39,9 +38,6 @@ class Target:
     def momentum_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
         return optimizer.state[p]["momentum_buffer"]
 
-    def variance_buffer(self, optimizer: Optimizer, p: Tensor) -> Tensor:
-        raise Unsupported("it has no NorMuon")
-
     def clip(self, optimizer: Any, max_norm: float, clip_norm: str, floor: float) -> Norms:
         """As its users clip: every gradient alike."""
         if clip_norm != "global" or floor:
@@ -50,23 +46,8 @@ class Target:
         total = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return total, total, total
 
-    def chain(self, optimizers: Sequence[Any], **policy: Any) -> Any:
-        raise Unsupported("torch has no chains")
-
-    def norms(self, chain: Any) -> Norms:
-        raise Unsupported("torch has no chains")
-
-    def skipped(self, optimizer: Any) -> dict[str, int]:
-        raise Unsupported("it skips no steps")
-
     def orthogonalizing(self, poison: float | None) -> AbstractContextManager[list[torch.Size]]:
         return watching(_muon, "_zeropower_via_newtonschulz", poison)
-
-    def routes(self, model: nn.Module, **options: Any) -> dict[str, tuple[str, Any]]:
-        raise Unsupported("it has no routing")
-
-    def report(self, model: nn.Module, **options: Any) -> str:
-        raise Unsupported("it has no report")
 
     def _options(self, hyper: Hyper) -> dict[str, Any]:
         if hyper.shard_mode != "owned":
