@@ -60,12 +60,16 @@ class Target(Partial):
         if hyper.maximize or hyper.normuon_beta2 is not None or hyper.shard_mode != "owned":
             raise Unsupported("its Muon has neither maximize, nor NorMuon, nor another way to divide")
         group = {"params": list(named), "lr": hyper.lr, "weight_decay": hyper.weight_decay, "algorithm": hyper.algorithm}
+        if hyper.adjust_lr_fn in ("spectral", "unit_rms_norm"):
+            raise Unsupported("it has no such scale")
         if hyper.algorithm != "muon":
             beta1, beta2 = (*hyper.adamw_betas, 0.0)[:2]
             rest = {"beta1": beta1, "beta2": beta2, "epsilon": hyper.adamw_eps}
             return {**group, **rest, "lr": hyper.lr * hyper.adamw_lr_ratio}
         eps = hyper.eps / (1 - hyper.momentum) if hyper.eps else EPS  # its sum is so much larger than the average
         group |= {"mu": hyper.momentum, "nesterov": hyper.nesterov, "epsilon": eps}
+        if any(_cuts_heads(p, hyper.layout) for _, p in named):
+            raise Unsupported("a rank holds whole heads, and all of their columns")
         matrices = [shape for _, p in named for shape in _cut(p.shape, hyper.layout, group)]
         return {**group, "adjust_lr": _scale(hyper.adjust_lr_fn, matrices)}
 
@@ -111,6 +115,15 @@ def _cut(shape: torch.Size, layout: dict[str, Any] | None, group: dict[str, Any]
         group["split_sizes"] = tuple(section["rows"] for section in sections)
         return [(section["rows"], rest) for section in sections]
     raise Unsupported(f"it has no layout {layout} of {len(shape)} dimensions")
+
+
+def _cuts_heads(p: Tensor, layout: dict[str, Any] | None) -> bool:
+    """Whether the shards of a matrix of several heads are refused."""
+    heads = (layout or {}).get("blocks", 1)
+    if p.ndim != 2 or heads == 1 or not isinstance(p, DTensor):
+        return False
+    sharded = [(size, place) for size, place in zip(p.device_mesh.shape, p.placements, strict=True) if place.is_shard()]
+    return any(place.dim != 0 or heads % size for size, place in sharded)
 
 
 def _mesh(named: Named) -> Any:

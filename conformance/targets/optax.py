@@ -50,6 +50,8 @@ class Target(Partial):
             raise Unsupported("it has neither maximize, nor NorMuon, nor torch's learning rates")
         if hyper.layout is not None or any(isinstance(p, DTensor) for _, p in named):
             raise Unsupported("it has axes in place of layouts, and knows nothing of DTensors")
+        if hyper.adjust_lr_fn in ("spectral", "unit_rms_norm"):
+            raise Unsupported("it has no such scale")
         lr = hyper.lr if hyper.algorithm == "muon" else hyper.lr * hyper.adamw_lr_ratio
         rule = _rule(
             lr,
