@@ -2,7 +2,7 @@
 """Which clauses of SPEC.md each implementation holds: `python -m conformance.scorecard [--jobs 2] [NAME ...]`.
 
 Runs the suite once for every target of TARGETS, or for those named, in a process of its own, which takes minutes; prints a
-table, and the defects with a command for each; and writes scorecard.json and scorecard.png into conformance/scorecard.
+table, and the defects with a command for each; and writes scorecard.json and .png, and defects.md, into conformance/scorecard.
 Implementations that were not named keep what that file says of them. A known failure (xfails/) is a failure.
 """
 
@@ -113,7 +113,7 @@ def counts(clauses: dict[str, str], section: str = "") -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """Lines: implementations by sections, then what they fail, then what is not there."""
+    """Lines: implementations by sections, then what is not there."""
     there = {name: each for name, each in results.items() if each["clauses"]}
     rows = [["held/failed/not offered", "version", "all", *sections()]]
     for each in there.values():
@@ -121,14 +121,21 @@ def table(results: dict[str, dict[str, Any]]) -> Iterable[str]:
         rows.append([each["label"], each["version"], counts(each["clauses"]), *by_section])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    for each in there.values():
-        if each["defects"]:
-            yield f"\n{each['label']} {each['version']} fails:"
-        for defect in each["defects"]:
-            yield f"- {defect['defect']} ({defect['tests']})\n    {defect['shown by']}"
     for each in results.values():
         if not each["clauses"]:
-            yield f"\n{each['label']}: {each['problem']}; to install it: {each['install']}"
+            yield f"{each['label']}: {each['problem']}; to install it: {each['install']}"
+
+
+def page(results: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Lines of Markdown: what each implementation fails, and the command that shows it."""
+    yield "# What other implementations do otherwise than [SPEC.md](../../SPEC.md) says"
+    yield "\nWritten by `python -m conformance.scorecard`: deviations, how many tests each fails, and how to see one."
+    for each in results.values():
+        if each.get("defects"):
+            yield f"\n## {each['label']} {each['version']}\n\n`{each['install']}`\n"
+        for defect in each.get("defects", ()):
+            clause, _, text = defect["defect"].partition(": ")
+            yield f"- **{clause}** {text} ({defect['tests']})<br>`{defect['shown by']}`"
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -139,27 +146,28 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     except ImportError as error:
         raise SystemExit(f"the picture is drawn by matplotlib (pip install matplotlib): {error}") from error
     rows = [each for each in results.values() if each["clauses"]]
-    left = {id: i + sections().index(id.partition("-")[0]) for i, id in enumerate(CLAUSES)}  # a gap before each section
-    width = max(left.values()) + 1
-    figure = Figure(figsize=(0.2 * width + 3.4, 0.42 * len(rows) + 1.6), layout="constrained")
-    axes = figure.add_subplot()
+    half = sections().index("SKIP")  # in two parts, for a page is not that wide
+    figure = Figure(figsize=(15, 0.7 * len(rows) + 2.4), layout="constrained")
+    for axes, part in zip(figure.subplots(2), (sections()[:half], sections()[half:]), strict=True):
+        x = 0
+        for section in part:
+            own = [id for id in CLAUSES if id.startswith(section + "-")]
+            for y, each in enumerate(rows):
+                for i, id in enumerate(own):
+                    colour = COLOURS[each["clauses"][id]]
+                    axes.add_patch(Rectangle((x + i + 0.05, y + 0.1), 0.9, 0.8, facecolor=colour, edgecolor="#b0b0b0", lw=0.4))
+            for i, id in enumerate(own):
+                axes.text(x + i + 0.5, -0.15, id.partition("-")[2], ha="center", va="bottom", fontsize=9)
+            axes.text(x + len(own) / 2, -0.85, section, ha="center", va="bottom", fontsize=11, weight="bold")
+            x += len(own) + (1 if len(own) > 1 else 2)  # a name is wider than one clause
+        axes.set(xlim=(-0.5, 62), ylim=(len(rows), -1.6), yticks=[y + 0.5 for y in range(len(rows))], xticks=[])
+        axes.set_yticklabels([f"{each['label']} {each['version']}".strip() for each in rows], fontsize=11)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     for y, each in enumerate(rows):
-        for id, x in left.items():
-            colour = COLOURS[each["clauses"].get(id, "not run")]
-            axes.add_patch(Rectangle((x + 0.05, y + 0.1), 0.9, 0.8, facecolor=colour, edgecolor="#b0b0b0", linewidth=0.4))
-        axes.text(width + 0.5, y + 0.5, counts(each["clauses"]), va="center", fontsize=10)
-    for id, x in left.items():
-        axes.text(x + 0.5, -0.15, id.partition("-")[2], ha="center", va="bottom", fontsize=8)
-    for section in sections():
-        own = [x for id, x in left.items() if id.startswith(section + "-")]
-        name = section if len(own) > 2 else section.replace("DECAY", "DEC.")
-        axes.text((own[0] + own[-1] + 1) / 2, -0.85, name, ha="center", va="bottom", fontsize=9, weight="bold")
-    axes.set(xlim=(0, width + 6), ylim=(len(rows), -1.6), yticks=[y + 0.5 for y in range(len(rows))], xticks=[])
-    axes.set_yticklabels([f"{each['label']} {each['version']}".strip() for each in rows], fontsize=10)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+        figure.axes[0].text(47.5, y + 0.5, counts(each["clauses"]), va="center", fontsize=11)
     legend = [Patch(facecolor=COLOURS[v], edgecolor="#b0b0b0", label=v) for v in ("held", "failed", "not offered")]
-    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     figure.savefig(path, dpi=110)
 
 
@@ -176,7 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = {name: found[name] for name in TARGETS if name in found}
     FOLDER.mkdir(exist_ok=True)
     data.write_text(json.dumps(results, indent=1) + "\n")
-    sys.stdout.write("\n".join(table(results)) + "\n")
+    (FOLDER / "defects.md").write_text("\n".join(page(results)) + "\n")
+    sys.stdout.write("\n".join(["", *table(results), "", *page(results)]) + "\n")
     draw(results, FOLDER / "scorecard.png")
 
 

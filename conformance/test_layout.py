@@ -68,7 +68,7 @@ def test_matrices_are_where_the_rules_say(target: Target, device, shape, layout,
     accept.step(before=W, actual=p, expected=right, precision=target.precision(W.dtype, device))
 
 
-@pytest.mark.clause("LAYOUT-1")
+@pytest.mark.suite
 @layouts
 def test_matrices_are_a_partition(shape, layout):
     found = torch.cat([index.flatten() for _, index in reference.matrices(shape, **layout)])

@@ -29,7 +29,7 @@ def losses(folder: Path, *command: str) -> list[float]:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = ["-m", "examples.train", *command, "--steps", "3", "--data", "text.txt", "--name", "run"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if "--parallel" in command else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "--parallel" in command else []
     done = subprocess.run([sys.executable, *torchrun, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open(folder / "runs" / "run" / "metrics.csv") as file:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scorecard of implementations: reading the suite's closing table, defects, drawing, and what is not installed."""
 
+import json
 import subprocess
 import sys
 
@@ -80,10 +81,26 @@ def test_picture_and_table_of_what_was_found(tmp_path):
     results = {"some": some(defects=[defect]), "other": missing}
     scorecard.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    text = "\n".join(scorecard.table(results))
-    assert "some" in text
-    assert "- ORTH-10: takes anything (3)\n    pytest here" in text
-    assert "other: not installed; to install it: pip install some" in text
+    rows = list(scorecard.table(results))
+    assert rows[1].split()[:3] == ["some", "1.2", scorecard.counts(EXPECTED)]
+    assert rows[2] == "other: not installed; to install it: pip install some"
+    assert "\n## some 1.2\n\n`pip install some`\n\n- **ORTH-10** takes anything (3)<br>`pytest here`" in "\n".join(
+        scorecard.page(results)
+    )
+
+
+def test_what_is_committed_is_of_this_suite():
+    """A clause that is new, or withdrawn, asks for another run; README and the lists of known failures tell the same."""
+    found = json.loads((scorecard.FOLDER / "scorecard.json").read_text())
+    assert found.keys() == scorecard.TARGETS.keys()
+    for name, each in found.items():
+        assert set(each["clauses"]) == set(CLAUSES), name
+        assert each["green"], f"{name}: its list of known failures was not exact"
+        assert each["defects"] == scorecard.defects(name), name
+        failed = {id for id, verdict in each["clauses"].items() if verdict == "failed"}
+        assert {id for defect in each["defects"] for id in defect["defect"].partition(": ")[0].split(", ")} <= failed, name
+    assert (scorecard.FOLDER / "defects.md").read_text() == "\n".join(scorecard.page(found)) + "\n"
+    assert "failed" not in found["impl"]["clauses"].values()
 
 
 def test_without_matplotlib_it_says_so(tmp_path, monkeypatch):
