@@ -67,6 +67,7 @@ class Case:
     missing: frozenset[tuple[int, int, int]] = frozenset()  # (step, rank, weight) without a gradient
     poison: frozenset[tuple[int, int, int]] = frozenset()  # (step, rank, weight) whose gradient holds a NaN
     partial: bool = False  # whether gradients come as sums over the mesh's last dimension
+    order: tuple[int, ...] = ()  # of the ranks in the mesh, if it is not theirs
 
     @property
     def size(self) -> int:
@@ -159,7 +160,8 @@ def begin(target: Target, case: Case, device: str, mesh: DeviceMesh | None = Non
     if not case.placements:
         return construct(target, case, [W.to(device) for W in values], dist.group.WORLD)
     if mesh is None:
-        mesh = DeviceMesh(device, torch.arange(case.size).view(case.mesh), mesh_dim_names=tuple("abc")[: len(case.mesh)])
+        ranks = torch.tensor(case.order or range(case.size)).view(case.mesh)
+        mesh = DeviceMesh(device, ranks, mesh_dim_names=tuple("abc")[: ranks.ndim])
     placements = [PLACEMENTS[name] for name in case.placements]
     return construct(target, case, [spread(W, mesh, placements) for W in values])
 
@@ -243,7 +245,6 @@ def accept_as_alone(target: Target, device: torch.device, case: Case, bits: bool
         elif "." not in name:
             whole = assemble(found, name, T.shape)
             i = int(name[1:])
-            before, precision = weight(case, i), target.precision(case.dtype, device)
-            steps = [[gradient(case, step, i)] for step in range(case.steps)]
-            hyper = replace(case.hyper, layout=case.weights[i].layout, algorithm=case.weights[i].algorithm)
-            accept.step(before=before, actual=whole, expected=expected([before], steps, hyper)[0], precision=precision)
+            before, steps = weight(case, i), [[gradient(case, step, i)] for step in range(case.steps)]
+            right = expected([before], steps, options(case, case.weights[i]))[0]
+            accept.step(before=before, actual=whole, expected=right, precision=target.precision(case.dtype, device))

@@ -41,7 +41,7 @@ LAYOUTS = {
     "gate beside up of every expert": ((3, 5, 2 * 7), {"blocks": 3, "columns": 2}),
     "unequal sections": ((16, 9), {"sections": QKV}),
     "interleaved groups": ((3 * 16, 9), {"groups": 3, "sections": GATED_QKV}),
-    "heads": ((16, 9), {"sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
+    "heads": ((16, 2 * 9), {"columns": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 8, "head_dim": 2})}),
     "heads in groups": ((2 * 16, 9), {"groups": 2, "sections": ({"rows": 8, "head_dim": 4}, {"rows": 4}, {"rows": 4})}),
     "sections of every expert": ((3 * 16, 9), {"blocks": 3, "sections": QKV}),
     "convolution": ((8, 1, 2, 3), {"flatten": True}),

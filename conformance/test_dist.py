@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conformance import accept
@@ -46,7 +46,14 @@ def test_every_placement_has_the_bits_of_one_process(target: Target, device, mes
     accept_as_alone(target, device, case, bits=True)
 
 
+@pytest.mark.clause("DIST-2", "DIST-4")
+def test_a_mesh_of_another_order_has_the_bits_of_one_process(target: Target, device):
+    weights = (Weight((8, 12)), Weight((12, 8)), Weight((5, 7)), Weight((8, 12), None, "adamw"))
+    accept_as_alone(target, device, Case((2, 2), ("R", "S0"), weights, order=(3, 0, 2, 1)), bits=True)
+
+
 @pytest.mark.clause("DIST-2", "DIST-4", "SCALE-3")
+@example(MESHES["3 by rows"], list(FUSED), "owned", torch.float32, 0.9, False, 0)
 @given(
     mesh=meshes,
     kinds=st.lists(st.sampled_from(list(FUSED)), min_size=1, max_size=3),

@@ -65,10 +65,12 @@ def test_a_poisoned_rank_stops_all(skipping: Target, device, mesh, mode):
         accept_poisoned(skipping, mesh, struck, mode, device.type)
 
 
-@pytest.mark.clause("DIST-6", "SKIP-2")
+@pytest.mark.clause("DIST-6", "SKIP-2", "VAR-6")
+@pytest.mark.parametrize("normuon_beta2", [None, 0.9])
 @pytest.mark.parametrize("mesh", ["2 by rows", "4 by columns", "4 replicas", "2x2 by rows, copied"])
-def test_an_orthogonalization_that_fails_stops_all(skipping: Target, device, mesh):
-    case = Case(*MESHES[mesh], (Weight((8, 12)), Weight((6, 6)), Weight((5, 3), None, "adamw")), steps=1)
+def test_an_orthogonalization_that_fails_stops_all(skipping: Target, device, mesh, normuon_beta2):
+    hyper = replace(HYPER, normuon_beta2=normuon_beta2)
+    case = Case(*MESHES[mesh], (Weight((8, 12)), Weight((6, 6)), Weight((5, 3), None, "adamw")), hyper, steps=1)
     with skipping.orthogonalizing(float("nan")):
         found = threads(case.size, together, skipping, case, device.type)
         one = alone(skipping, case, device)
@@ -89,8 +91,19 @@ def test_norms_are_of_whole_gradients(target: Target, device, mesh, clip_norm):
     )
     if set(MESHES[mesh][1]) == {"R"}:  # a single number can be copied, not divided
         weights = (*weights, Weight((), None, "adamw"))
-    case = Case(*MESHES[mesh], weights)
-    parameters, optimizer = construct(target, case, [weight(case, i).to(device) for i in range(len(weights))])
+    accept_norms(target, device, Case(*MESHES[mesh], weights), clip_norm)
+
+
+@pytest.mark.clause("DIST-7", "CLIP-4")
+def test_norms_on_a_mesh_of_another_order(target: Target, device):
+    case = Case((3,), ("S0",), (Weight(*MIXED["gated delta net"]), Weight((20, 3), None, "adamw")), order=(2, 0, 1))
+    accept_norms(target, device, case, "own")
+
+
+def accept_norms(target: Target, device: torch.device, case: Case, clip_norm: str) -> None:
+    """Norms, and clipped gradients, are those of one process."""
+    __tracebackhide__ = True
+    parameters, optimizer = construct(target, case, [weight(case, i).to(device) for i in range(len(case.weights))])
     for i, p in enumerate(parameters):
         p.grad = gradient(case, 0, i).to(device)
     norms = target.clip(optimizer, 3.0, clip_norm, 0.0)

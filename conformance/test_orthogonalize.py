@@ -168,6 +168,8 @@ YOU = reference.schedule("you", 5).coefficients
         pytest.param((1.5, -1.2, 0.0), 1, ["ns_coefficients", "shrink"], id="only large ones shrink"),
         pytest.param(((1.5, -0.5, 0.0),) * 2, 4, ["ns_steps", "2", "4"], id="not a quintic for every step"),
         pytest.param((3.0, 0.0, 0.0), 1, ["ns_coefficients", "overshoot"], id="beyond two"),
+        pytest.param((2.0, 0.0, 0.0), 1, ["ns_coefficients", "overshoot"], id="beyond two by rounding only"),
+        pytest.param((3.0, -3.0, 0.0), 1, ["ns_coefficients", "reverse"], id="below zero by rounding only"),
         pytest.param("no_such_schedule", 5, ["ns_coefficients", "no_such_schedule", "jordan"], id="unknown name"),
         pytest.param("jordan", 0, ["ns_steps", "0"], id="no steps"),
     ],

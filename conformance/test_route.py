@@ -60,6 +60,7 @@ def test_roles(target: Target):
             nn.Conv3d(8, 6, (1, 2, 3), bias=False),
             nn.LayerNorm((4, 8), bias=False),
             Owner(8, 8, use_muon=True),
+            nn.Conv2d(1, 6, 3, bias=False),  # as many groups as channels, and yet it mixes
         )
     )
     expected = OUTSIDE | {
@@ -79,6 +80,7 @@ def test_roles(target: Target):
         "body.7.weight": layout(flatten=True),
         "body.8.weight": ADAMW,
         "body.9.w": MUON,
+        "body.10.weight": layout(flatten=True),
     }
     accept.routes(actual=target.routes(model), expected=expected)
 

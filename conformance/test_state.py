@@ -195,10 +195,11 @@ def test_state_of_another_algorithm_is_refused(validating: Target, device):
         (lambda s: s["param_groups"][0].update(layout=None), "layout"),
         (lambda s: s["param_groups"][0]["layout"].update(blocks=2), "layout"),
         (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "step"),
+        (lambda s: s["state"][0].update(step=torch.tensor(float("inf"))), "step"),
         (lambda s: s["state"][0]["exp_avg_sq"].fill_(-1.0), "exp_avg_sq"),
         (lambda s: s["state"][1].pop("exp_avg"), "w1"),
     ],
-    ids=["no layout", "another layout", "step negative", "squares negative", "average missing"],
+    ids=["no layout", "another layout", "step negative", "steps without end", "squares negative", "average missing"],
 )
 def test_corrupt_state_of_sections_is_refused(validating: Target, device, edit, word):
     named, optimizer = stepped(validating, device, MIXED)
