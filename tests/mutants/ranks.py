@@ -286,4 +286,28 @@ MUTANTS = (
         clauses=("DIST-10",),
         seed="nonfinite",
     ),
+    Mutant(
+        name="heads beside heads share the first one's averages",
+        path="impl/shards.py",
+        old="(Matrix(section, ((head, section.head_dim),), column * n, n, column) for head in heads)",
+        new="(Matrix(section, ((head, section.head_dim),), column * n, n, 0) for head in heads)",
+        source="ours: where a matrix begins was told for rows only",
+        clauses=("DIST-2",),
+    ),
+    Mutant(
+        name="ranks taken to be in the mesh's order",
+        path="impl/placement.py",
+        old="    held, me = boxes(p, layout, ranks), ranks.index(dist.get_rank())",
+        new="    held, me = boxes(p, layout, ranks), dist.get_rank()",
+        source="ours: a rank's number for its place in the mesh, right on every mesh that counts from 0",
+        clauses=("DIST-7",),
+    ),
+    Mutant(
+        name="NorMuon's averages written where an orthogonalization failed",
+        path="impl/parts.py",
+        old="block.average(held, each.key.dtype)[0], skip[i])",
+        new="block.average(held, each.key.dtype)[0], hold[i])",
+        source="ours: only gradients were asked whether the step is taken",
+        clauses=("VAR-6", "SKIP-2"),
+    ),
 )

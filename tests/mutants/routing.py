@@ -316,4 +316,20 @@ MUTANTS = (
         source="ours: a padded or factored head would be orthogonalized",
         clauses=("ROUTE-6",),
     ),
+    Mutant(
+        name="a convolution of one channel taken to be depthwise",
+        path="impl/routing.py",
+        old="any(isinstance(owner, CONVOLUTION) and 1 < owner.groups == owner.in_channels for owner in owners)",
+        new="any(isinstance(owner, CONVOLUTION) and owner.groups == owner.in_channels for owner in owners)",
+        source="ours: as many groups as channels, one, and yet it mixes what its kernel covers",
+        clauses=("ROUTE-2",),
+    ),
+    Mutant(
+        name="groups of a block that do not divide its rows accepted",
+        path="impl/layout.py",
+        old="    if rows % (layout.blocks * layout.groups):",
+        new="    if rows % layout.blocks or rows % layout.groups:",
+        source="ours: blocks divide the rows, and so do groups, but not one after the other",
+        clauses=("LAYOUT-4",),
+    ),
 )

@@ -271,4 +271,20 @@ MUTANTS = (
         source="KellerJordan/Muon, microsoft/dion and Emerging-Optimizers have no such check",
         clauses=("ERR-3",),
     ),
+    Mutant(
+        name="steps without end accepted",
+        path="impl/state.py",
+        old='or not 0 <= float(value) < float("inf"):',
+        new='or not 0 <= float(value) <= float("inf"):',
+        source="ours: a comparison that lets infinity pass, after which no bias is corrected",
+        clauses=("STATE-4",),
+    ),
+    Mutant(
+        name="schedules judged without room for rounding",
+        path="impl/schedules.py",
+        old="    low, high = image(quintics, 0.0, 1.0 + 2.0**-10)",
+        new="    low, high = image(quintics, 0.0, 1.0)",
+        source="ours: a singular value may come out of its scaling a little above 1",
+        clauses=("ORTH-10",),
+    ),
 )
