@@ -215,7 +215,7 @@ def _gradient(case: Case, step: int, i: int, p: Tensor, rank: int) -> Tensor:
 def outcome(target: Target, parameters: list[nn.Parameter], optimizer: Any, log: list[tuple[str, int]]) -> Outcome:
     parts = {f"w{i}": part(p) for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
-        parts |= {f"w{i}.{key}": part(T) for key, T in sorted(optimizer.state.get(p, {}).items())}
+        parts |= {f"w{i}.{key}": part(torch.as_tensor(T)) for key, T in sorted(optimizer.state.get(p, {}).items())}
     return Outcome(parts, target.skipped(optimizer) if target.skips else {}, list(log))
 
 

@@ -30,6 +30,14 @@ if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 asks for it an
     threaded.ThreadLocalWorld.comms = []  # type: ignore[attr-defined]
 
 
+def _of_rows(self: Any, data: Any, work: Callable[..., Any] = threaded.ReduceScatter.work) -> Any:
+    """A reduce-scatter whose input has a row for each rank, which gloo and NCCL take as well."""
+    return work(self, [(out, [[part.reshape(out[0].shape) for part in parts]]) for out, (parts,) in data])
+
+
+threaded.ReduceScatter.work = _of_rows  # type: ignore[method-assign]
+
+
 class Hang(BaseException):
     """Ranks wait for each other. It is no Exception, or else Hypothesis would wait again and again for the smallest one."""
 
