@@ -31,6 +31,7 @@ TARGETS = {
     "dion": ("dion", "dion", "pip install git+https://github.com/microsoft/dion"),
     "emerging_optimizers": ("Emerging-Optimizers", "emerging-optimizers", "pip install emerging-optimizers (Python 3.12)"),
     "optax": ("optax.contrib.muon", "optax", "pip install optax jax"),
+    "xtuner": ("xtuner", "xtuner", "pip install git+https://github.com/InternLM/xtuner"),
     "gram_newton_schulz": ("gram-newton-schulz", "gram-newton-schulz", "pip install gram-newton-schulz"),
 }
 VERDICTS = {
