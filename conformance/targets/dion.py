@@ -22,6 +22,7 @@ from conformance.target import Hyper, Named, Partial, Unsupported, watching
 
 torch.compiler.set_stance("force_eager")
 EPS = 1e-8  # its default
+SCALES = {"match_rms_adamw": "rms_norm", "unit_rms_norm": "spectral_norm"}
 OWN = {("you", 5): megabatch_base.zeropower_via_newtonschulz5, ("polar_express", 5): megabatch_base.polar_express}
 
 
@@ -60,7 +61,7 @@ class Target(Partial):
         if hyper.maximize or hyper.normuon_beta2 is not None or hyper.shard_mode != "owned":
             raise Unsupported("its Muon has neither maximize, nor NorMuon, nor another way to divide")
         group = {"params": list(named), "lr": hyper.lr, "weight_decay": hyper.weight_decay, "algorithm": hyper.algorithm}
-        if hyper.adjust_lr_fn in ("spectral", "unit_rms_norm"):
+        if hyper.adjust_lr_fn == "spectral":
             raise Unsupported("it has no such scale")
         if hyper.algorithm != "muon":
             beta1, beta2 = (*hyper.adamw_betas, 0.0)[:2]
@@ -89,7 +90,7 @@ def _jordan(X: Tensor, epsilon: Tensor) -> Tensor:
 def _scale(name: str | None, matrices: list[tuple[int, ...]]) -> str | None:
     """`original` is its unclamped scale for tall matrices, and none for others."""
     if name not in (None, "original"):
-        return "rms_norm" if name == "match_rms_adamw" else name
+        return SCALES.get(name, name)
     if all(m >= n for m, n in matrices):
         return "spectral_norm"
     if any(m > n for m, n in matrices):
