@@ -225,9 +225,11 @@ def caller(device: torch.device) -> tuple[int, int]:
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6] if INTERPRETED else [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("m, n", [(40, 70), (48, 48)] if INTERPRETED else [(40, 70), (48, 48), (300, 130)])
 def test_every_number_of_steps(device, m, n, steps):
+    """And an epsilon under a norm, or above it."""
     X = torch.stack([matrix((m, n), "flat", seed) for seed in range(2)]).to(device)
-    expected = impl.orthogonalize(X.cpu().double(), "jordan", steps, 1e-7)
-    assert accept.distance(orthogonalize.orthogonalize(X, schedule("jordan", steps), 1e-7), expected) < 1e-2
+    for eps in (1e-7, 20.0):
+        expected = impl.orthogonalize(X.cpu().double(), "jordan", steps, eps)
+        assert accept.distance(orthogonalize.orthogonalize(X, schedule("jordan", steps), eps), expected) < 1e-2, eps
 
 
 def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):

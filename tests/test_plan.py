@@ -168,6 +168,14 @@ def test_missing_and_late_gradients(device, take):
     accept_same_steps(take, lambda: make(device, shapes), gradients)
 
 
+def test_many_gradients_that_go_missing(device, take):
+    """Kernels are told eight addresses at a time, and eight times none as well."""
+    shapes = [((3, 2), {})] * 20
+    gradients = random_gradients(shapes, 3)
+    gradients[1][:16] = [None] * 16
+    accept_same_steps(take, lambda: make(device, shapes), gradients)
+
+
 @pytest.mark.parametrize("scale", [3.0])
 def test_the_loss_scale(device, take, scale):
     shapes = [((24, 40), {}), ((5,), {"algorithm": "adamw"})]
@@ -178,6 +186,16 @@ def test_the_loss_scale(device, take, scale):
 
     fast = accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes), change)
     assert fast.skipped["found_inf"] == 1
+
+
+def test_a_decision_is_of_its_step_alone(device, take):
+    """Also where later steps have nothing to decide."""
+    shapes = [((24, 40), {}), ((9, 5), {"normuon_beta2": 0.9})]
+
+    def change(optimizer: Muon, step: int) -> None:
+        optimizer.found_inf = torch.ones((), device=device) if step == 1 else None
+
+    accept_same_steps(take, lambda: make(device, shapes, skip_nonfinite=False), random_gradients(shapes), change)
 
 
 def test_options_that_change_between_steps(device, take):

@@ -9,11 +9,27 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
 import impl.batches
 import impl.sharded
 from conformance import accept
-from conformance.ranks import Case, Outcome, Weight, alone, assemble, begin, construct, give, outcome, together, weight
+from conformance.ranks import (
+    Case,
+    Outcome,
+    Weight,
+    alone,
+    assemble,
+    begin,
+    construct,
+    give,
+    outcome,
+    spread,
+    take,
+    together,
+    weight,
+)
 from conformance.strategies import FUSED, HYPER
 from conformance.targets.impl import Target
 from conformance.worlds import processes, threads
@@ -37,6 +53,7 @@ CASES = {
     "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
     "hybrid": Case((2, 2), ("R", "S0"), PLAIN[:4], NORMUON),
     "tensor parallel": Case((2, 2), ("F0", "S0"), (*PLAIN[:3], EXPERTS[1]), NORMUON),
+    "in turn": Case((2,), (), (Weight((6, 10)),) * 8, SHORT, steps=1),
     "more experts than ranks": Case((4,), ("S0",), (Weight((5 * 6, 10), {"blocks": 5}),), SHORT),
 }
 
@@ -53,7 +70,17 @@ def interpret() -> None:
 def walk(rank: int, device: str, size: int) -> dict[str, Outcome]:
     if INTERPRETED:
         interpret()
-    return {name: together(rank, Target(), case, device) for name, case in CASES.items() if case.size == size}
+    cases = [(name, in_turn if name == "in turn" else together, case) for name, case in CASES.items() if case.size == size]
+    return {name: step(rank, Target(), case, device) for name, step, case in cases}
+
+
+def in_turn(rank: int, target: Target, case: Case, device: str) -> Outcome:
+    """Two of the case's matrices are divided by rows, then two by columns, and so on."""
+    mesh = DeviceMesh(device, [0, 1], mesh_dim_names=("a",))
+    values = [spread(weight(case, i), mesh, [Shard(i // 2 % 2)]) for i in range(len(case.weights))]
+    parameters, optimizer = construct(target, case, values)
+    take(case, rank, 0, parameters, optimizer)
+    return outcome(target, parameters, optimizer, [])
 
 
 @pytest.fixture(scope="module")
