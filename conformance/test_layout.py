@@ -90,8 +90,6 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((10, 4), {"blocks": 3}, ["10", "3", "blocks"]),
         ((4, 10), {"columns": 3}, ["10", "3", "columns"]),
         ((12, 4), {"groups": 5}, ["12", "5", "groups"]),
-        ((8, 4), {"blocks": 4, "groups": 4}, ["8", "4", "blocks", "groups"]),
-        ((36, 4), {"blocks": 6, "groups": 4}, ["36", "6", "4", "groups"]),
         ((12, 4), {"sections": [{"rows": 4}, {"rows": 4}]}, ["12", "8", "sections"]),
         ((12, 4), {"sections": [{"rows": 12, "head_dim": 5}]}, ["12", "5", "head_dim"]),
         ((12, 4), {"sections": [{"rows": 12, "head_dim": 0}]}, ["head_dim", "0"]),
@@ -102,6 +100,8 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((12, 4), {"blocks": 0}, ["blocks", "0"]),
         ((12, 4), {"blocks": 1.5}, ["blocks", "1.5"]),
         ((12, 4), {"sections": [{"rows": 12, "algorithm": "sgd"}]}, ["sgd"]),
+        ((8, 4), {"blocks": 4, "groups": 4}, ["8", "4", "blocks", "groups"]),
+        ((36, 4), {"blocks": 6, "groups": 4}, ["36", "6", "4", "groups"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(validating: Target, shape, layout, words):
