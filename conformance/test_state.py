@@ -132,8 +132,9 @@ def test_state_dict_is_plain_data_and_deterministic(target: Target, device, hype
 @pytest.mark.clause("STATE-3")
 def test_a_number_of_numpys_is_plain_data(validating: Target, device):
     _, optimizer = stepped(validating, device, HYPER)
-    optimizer.param_groups[0]["lr"] = np.float64(0.5)  # as a scheduler may leave it
-    assert torch.load(file_of(optimizer.state_dict()), weights_only=True)["param_groups"][0]["lr"] == 0.5
+    for number in (np.float64(0.5), np.int64(0)):  # as a scheduler may leave it
+        optimizer.param_groups[0]["lr"] = number
+        assert torch.load(file_of(optimizer.state_dict()), weights_only=True)["param_groups"][0]["lr"] == number
 
 
 def corrupt(edit):

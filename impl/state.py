@@ -86,8 +86,8 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group that a state dict holds otherwise than the group does.   [SPEC: STATE-3]"""
     layouts = {option: asdict(value) for option, value in group.items() if isinstance(value, Layout)}
     # A scheduler may have left a NumPy number.
-    numbers = {o: float(value) for o, value in group.items() if isinstance(value, Real) and not isinstance(value, Integral)}
-    return layouts | numbers
+    reals = {option: value for option, value in group.items() if isinstance(value, Real) and not isinstance(value, bool)}
+    return layouts | {option: int(value) if isinstance(value, Integral) else float(value) for option, value in reals.items()}
 
 
 def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:

@@ -290,3 +290,20 @@ def test_a_count_is_no_flag():
 def test_the_report_tells_the_rate_of_adamw():
     group = {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw", "adamw_lr_ratio": 0.5}
     assert Muon([group], lr=0.03).report().splitlines()[2].split()[-2] == "0.015"
+
+
+def test_a_parameter_without_a_name_is_told_by_its_group_and_place():
+    with pytest.raises(ValueError, match=r"0\.1.* 5 .*blocks"):
+        Muon([torch.ones(4, 2), torch.ones(5, 2)], layout=Layout(blocks=2))
+    optimizer = Muon([torch.ones(2, 2)])
+    with pytest.raises(ValueError, match=r"1\.0.* 5 .*blocks"):
+        optimizer.add_param_group({"params": [torch.ones(5, 2)], "layout": Layout(blocks=2)})
+
+
+def test_what_has_a_gradient_is_stepped_also_where_it_asks_for_none():
+    """As by torch's optimizers: a parameter may have been frozen after its last backward pass."""
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = Muon([p.requires_grad_(False)])
+    optimizer.step()
+    assert (p != 1).all()

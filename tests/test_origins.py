@@ -176,6 +176,12 @@ def test_states_of_its_adamw_come_along(origin, states):
     assert {T.dtype for T in found.values()} == {torch.float32}
 
 
+def test_options_are_their_users_own():
+    before = like("torch")
+    like("torch")["eps"] = 1.0
+    assert like("torch") == before
+
+
 def test_what_cannot_be_imported_is_refused_and_changes_nothing():
     made, optimizer = ours("dion", normal(0))
     state = {i: {"momentum": torch.ones_like(W)} for i, W in enumerate(made)}
