@@ -177,7 +177,7 @@ def test_states_of_its_adamw_come_along(origin, states):
 
 
 def test_options_are_their_users_own():
-    before = like("torch")
+    before = dict(like("torch"))
     like("torch")["eps"] = 1.0
     assert like("torch") == before
 
