@@ -18,7 +18,8 @@ mutants: .venv/installed
 	OMP_NUM_THREADS=1 $(VENV) -m tests.mutants
 
 coverage: .venv/installed
-	$(VENV) -m pytest --cov=impl --cov=reference --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist loadscope --no-loadscope-reorder --ignore=tests/test_mutants.py \
+		--cov=impl --cov=reference --cov-report=term-missing:skip-covered
 
 check: .venv/installed
 	$(VENV) -m ruff check

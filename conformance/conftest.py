@@ -24,8 +24,8 @@ TARGET = pytest.StashKey[Target]()
 OUTCOMES: dict[str, set[str]] = defaultdict(set)
 ORDER = ("failed", "xfailed", "passed", "unsupported", "skipped")
 
-# Reproducible by default, so that a list of known failures cannot flicker; --hypothesis-profile=deep explores, and "unshrunk"
-# asks only whether anything fails.
+# Reproducible by default, so that a list of known failures does not flicker; but Hypothesis also draws numbers that it finds
+# in sources, so that these change its examples. --hypothesis-profile=deep explores, and "unshrunk" asks only whether any fails.
 settings.register_profile(
     "suite",
     derandomize=True,
