@@ -122,9 +122,12 @@ def table(results: dict[str, dict[str, Any]]) -> Iterable[str]:
         rows.append([each["label"], each["version"], counts(each["clauses"]), *by_section])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    for each in results.values():
+    for name, each in results.items():
         if not each["clauses"]:
             yield f"{each['label']}: {each['problem']}; to install it: {each['install']}"
+        elif not each["green"]:
+            stale = f"xfails/{name}.txt is of another version; what it lists and passes counts as failed"
+            yield f"{each['label']} {each['version']}: {stale}"
 
 
 def page(results: dict[str, dict[str, Any]]) -> Iterable[str]:

@@ -35,7 +35,15 @@ EXPECTED = {
 
 
 def some(**changed):
-    return {"label": "some", "version": "1.2", "install": "pip install some", "clauses": EXPECTED, "defects": [], **changed}
+    return {
+        "label": "some",
+        "version": "1.2",
+        "install": "pip install some",
+        "clauses": EXPECTED,
+        "defects": [],
+        "green": True,
+        **changed,
+    }
 
 
 def test_table_is_read():
@@ -78,12 +86,13 @@ def test_picture_and_table_of_what_was_found(tmp_path):
     pytest.importorskip("matplotlib")
     defect = {"defect": "ORTH-10: takes anything", "tests": 3, "shown by": "pytest here"}
     missing = some(label="other", clauses={}, problem="not installed")
-    results = {"some": some(defects=[defect]), "other": missing}
+    results = {"some": some(defects=[defect]), "other": missing, "third": some(label="third", green=False)}
     scorecard.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     rows = list(scorecard.table(results))
     assert rows[1].split()[:3] == ["some", "1.2", scorecard.counts(EXPECTED)]
-    assert rows[2] == "other: not installed; to install it: pip install some"
+    assert rows[3] == "other: not installed; to install it: pip install some"
+    assert rows[4].startswith("third 1.2: xfails/third.txt is of another version; ") and len(rows) == 5
     assert "\n## some 1.2\n\n`pip install some`\n\n- **ORTH-10** takes anything (3)<br>`pytest here`" in "\n".join(
         scorecard.page(results)
     )
