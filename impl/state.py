@@ -87,7 +87,8 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
     layouts = {option: asdict(value) for option, value in group.items() if isinstance(value, Layout)}
     # A scheduler may have left a NumPy number.
     reals = {option: value for option, value in group.items() if isinstance(value, Real) and not isinstance(value, bool)}
-    return layouts | {option: int(value) if isinstance(value, Integral) else float(value) for option, value in reals.items()}
+    numbers = {option: int(value) if isinstance(value, Integral) else float(value) for option, value in reals.items()}
+    return layouts | numbers
 
 
 def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
