@@ -4,27 +4,37 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from conformance import conftest
 
 ROOT = Path(__file__).parent.parent
 HELD = "test_scale.py::test_decay_is_decoupled_and_first"
 
 
-def suite(*options):
-    command = [sys.executable, "-m", "pytest", "conformance/test_scale.py", "-q", "-p", "no:cacheprovider", *options]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return run.returncode, run.stdout + run.stderr
+class Item:
+    """What the suite looks at of a test."""
+
+    nodeid, path, user_properties = f"conformance/{HELD}", conftest.HERE / "test_scale.py", ()
+
+    def __init__(self) -> None:
+        self.marks: list[pytest.MarkDecorator] = []
+        self.add_marker = self.marks.append
+
+    def iter_markers(self, name: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(args=("DECAY-1",))]
 
 
-@pytest.fixture
-def known(tmp_path):
-    def write(text):
-        path: Path = tmp_path / "known.txt"
-        path.write_text(text)
-        return f"--xfails={path}"
-
-    return write
+def collected(**options: object) -> list[Item]:
+    """One test, after collection with these options."""
+    items = [Item()]
+    items[0].user_properties = []
+    known = {f"--{name}": value for name, value in options.items()}
+    config = SimpleNamespace(getoption=known.get, args=[], stash={conftest.TARGET: SimpleNamespace(name="no_such")})
+    conftest.pytest_collection_modifyitems(config, items)
+    return items
 
 
 @pytest.mark.parametrize(
@@ -32,37 +42,35 @@ def known(tmp_path):
     [
         ("test_scale.py::test_that_was_renamed  # SCALE-1: as ever", "test_that_was_renamed matches no test"),
         (HELD, f"{HELD} is a known failure without a reason"),
+        (None, "--xfails: .*known.txt"),
     ],
-    ids=["no test", "no reason"],
+    ids=["no test", "no reason", "no file"],
 )
-def test_a_list_of_known_failures_is_of_this_suite(known, line, message):
-    code, told = suite("--collect-only", known(line))
-    assert (code, message in told) == (4, True), told
+def test_a_list_of_known_failures_is_of_this_suite(tmp_path, line, message):
+    if line is not None:
+        (tmp_path / "known.txt").write_text(line)
+    with pytest.raises(pytest.UsageError, match=message):
+        collected(xfails=str(tmp_path / "known.txt"))
 
 
-def test_a_list_that_is_not_there(tmp_path):
-    code, told = suite("--collect-only", f"--xfails={tmp_path / 'none.txt'}")
-    assert (code, "none.txt" in told) == (4, True), told
+def test_clauses_that_are_not_there_are_named():
+    with pytest.raises(pytest.UsageError, match=r"--clauses: SPEC.md does not have \['SCALE-99'\]"):
+        collected(clauses="DECAY-1,SCALE-99")
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--target=conformance.targets.no_such:Target", "ERROR: --target=conformance.targets.no_such:Target: No module named"),
-        ("--target=conformance.targets.impl:None_such", "ERROR: --target=conformance.targets.impl:None_such:"),
-        ("--clauses=SCALE-1,SCALE-99", "--clauses: SPEC.md does not have ['SCALE-99']"),
-    ],
-    ids=["no module", "no class", "no clause"],
-)
-def test_what_is_not_there_is_named(option, message):
-    code, told = suite("--collect-only", option)
-    assert (code, message in told) == (4, True), told
+@pytest.mark.parametrize(("target", "message"), [("no_such:Target", "No module"), ("impl:None_such", "no attribute")])
+def test_a_target_that_is_not_there_is_named(target, message):
+    stash, options = {}, {"--target": f"conformance.targets.{target}"}
+    config = SimpleNamespace(getoption=options.get, stash=stash, addinivalue_line=lambda *line: None)
+    with pytest.raises(pytest.UsageError, match=f"--target=conformance.targets.{target}: .*{message}"):
+        conftest.pytest_configure(config)
 
 
-def test_a_known_failure_must_fail_unless_it_does_so_at_times(known):
+def test_a_known_failure_must_fail_unless_it_does_so_at_times(tmp_path):
     """A mended defect turns its line red; one that comes and goes counts as a failure either way."""
-    code, told = suite("--clauses=DECAY-1", known(f"{HELD}  # DECAY-1: decay is scaled"))
-    assert code == 1 and "XPASS(strict)" in told, told
-    code, told = suite("--clauses=DECAY-1", known(f"{HELD}  # DECAY-1: at times decay is scaled"))
-    assert code == 0, told
-    assert "DECAY    xfailed      DECAY-1" in told, told
+    known = tmp_path / "known.txt"
+    command = [sys.executable, "-m", "pytest", "conformance/test_scale.py", "-q", "-p", "no:cacheprovider", f"--xfails={known}"]
+    for words, code, told in (("decay", 1, "XPASS(strict)"), ("at times decay", 0, "DECAY    xfailed      DECAY-1")):
+        known.write_text(f"{HELD}  # DECAY-1: {words} is scaled")
+        run = subprocess.run([*command, "--clauses=DECAY-1"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (run.returncode, told in run.stdout) == (code, True), run.stdout
