@@ -115,9 +115,9 @@ def counts(clauses: dict[str, str], section: str = "") -> str:
 
 def table(results: dict[str, dict[str, Any]]) -> Iterable[str]:
     """Lines: implementations by sections, then what is not there."""
-    there = {name: each for name, each in results.items() if each["clauses"]}
+    there = [each for each in results.values() if each["clauses"]]
     rows = [["held/failed/not offered", "version", "all", *sections()]]
-    for each in there.values():
+    for each in there:
         by_section = [counts(each["clauses"], section) for section in sections()]
         rows.append([each["label"], each["version"], counts(each["clauses"]), *by_section])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
