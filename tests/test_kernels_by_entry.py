@@ -22,9 +22,10 @@ from tests.poison import INTERPRETED, accept_cast, accept_outside, padded, poiso
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 63, 64, 65, 127, 128, 129) if INTERPRETED else (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
+REMAINDERS = (0, 1, 2, 4, 8, 15) if INTERPRETED else range(16)
+STRIPS = [*((8, 240 + n) for n in REMAINDERS), *((240 + n, 8) for n in REMAINDERS)]
 SHAPES = [
-    *((8, 240 + n) for n in range(16)),
-    *((240 + n, 8) for n in range(16)),
+    *STRIPS,
     *((m, n) for m in SIZES for n in SIZES if not INTERPRETED or m in (1, 65, 129) or n == 64),
     (100, 600),  # more tiles than there are programs for a matrix whose scale was guessed wrong
 ]
@@ -105,8 +106,8 @@ class Case:
         accept.same_bits(actual=X, expected=expected)
         return found.view(torch.float32), X
 
-    def accept_prepared(self, U: Tensor, source: Source) -> None:
-        """Each matrix of U by a power of two, wide, and zeros below it."""
+    def accept_prepared(self, U: Tensor, source: Source) -> Tensor:
+        """Each matrix of U by a power of two, wide, and zeros below it: X, as written."""
         __tracebackhide__ = True
         U = torch.where(self.absent(), 0.0, U)
         found, X = self.prepared(source)
@@ -117,6 +118,7 @@ class Case:
         expected = expected.mT if self.rows > self.columns else expected
         accept.same_bits(actual=X[:, : expected.shape[1]], expected=expected)
         assert not X[:, expected.shape[1] :].any()
+        return X
 
     def orthogonalized(self) -> tuple[Tensor, Tensor]:
         """Random matrices, as they are to be stepped with, and as a batch for the kernels."""
@@ -222,9 +224,7 @@ def test_the_whole_range_of_float32(device, size, shape):
     for i, G in enumerate(case.G):
         G.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(i)).to(device) * 2 - 1).mul_(size)
         G.flatten()[i] = -size
-    source = case.source(momentum=False, nesterov=False)
-    case.accept_prepared(case.matrices(case.G), source)
-    _, X = case.prepared(source)
+    X = case.accept_prepared(case.matrices(case.G), case.source(momentum=False, nesterov=False))
     assert ((X.abs().amax((1, 2)) >= 2**13) & (X.abs().amax((1, 2)) <= 2**14)).all()
 
 
@@ -245,7 +245,7 @@ def test_zeros(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m, n", [(8, 240 + n) for n in range(16)] + [(240 + n, 8) for n in range(16)] + [(129, 65), (64, 64)])
+@pytest.mark.parametrize("m, n", [*STRIPS, (129, 65), (64, 64)])
 def test_unpacking(device, m, n, dtype):
     case = Case((m, n), device)
     O, batch = case.orthogonalized()
