@@ -130,7 +130,9 @@ def test_what_cannot_be_stepped_is_refused(validating: Target, device):
         mesh = DeviceMesh(device.type, torch.arange(4).view(2, 2), mesh_dim_names=("a", "b"))
         if kind == "partial":
             p = DTensor.from_local(torch.zeros(4, 6, device=device), mesh, [Shard(0), Partial()], run_check=False)
-            accept.refuses(lambda: construct(validating, Case((), (), (Weight((4, 6)),)), [p]), ValueError, "w0", "sum")
+            for algorithm in ("muon", "adamw"):
+                case = Case((), (), (Weight((4, 6), None, algorithm),))
+                accept.refuses(lambda case=case: construct(validating, case, [p]), ValueError, "w0", "sum")
             return
         p = spread(tensor((4, 6), 0), mesh, [Shard(0), Shard(1)])
         if kind == "cut in two":

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from impl.layout import ALGORITHMS, Layout, check_layout
 from impl.placement import SHARD_MODES, check_shards
@@ -99,6 +100,8 @@ def check_parameters(group: Mapping[str, Any], index: int) -> None:
     for name, p in zip(names(group, index), group["params"], strict=True):
         if not (p.is_floating_point() or p.is_complex()):
             raise ValueError(f"parameter {name} should be floating point but is {p.dtype}")
+        if isinstance(p, DTensor) and any(place.is_partial() for place in p.placements):
+            raise ValueError(f"parameter {name} cannot be stepped, since a weight is no sum over ranks: {p.placements}")
         if group["algorithm"] == "adamw":
             continue
         if group["layout"] is not None:

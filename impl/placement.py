@@ -48,8 +48,6 @@ def group_of(p: Tensor, replicas: dist.ProcessGroup | None) -> dist.ProcessGroup
 def check_shards(p: Tensor, layout: Layout, mode: str) -> None:
     """Raise ValueError unless a parameter's placements and its group's shard_mode fit.   [SPEC: DIST-10]"""
     if isinstance(p, DTensor):
-        if any(place.is_partial() for place in p.placements):
-            raise ValueError(f"a weight cannot be a sum over ranks, found {p.placements}")
         held = boxes(p, layout, p.device_mesh.mesh.flatten().tolist())
         for matrix in matrices(layout, p.shape) if mode == "distributed" else ():
             held.cut_rows(matrix)

@@ -263,9 +263,9 @@ MUTANTS = (
     # What is refused.
     Mutant(
         name="a weight that is a sum over ranks accepted",
-        path="impl/placement.py",
-        old="if any(place.is_partial() for place in p.placements):",
-        new="if all(place.is_partial() for place in p.placements):",
+        path="impl/options.py",
+        old="any(place.is_partial() for place in p.placements)",
+        new="all(place.is_partial() for place in p.placements)",
         source="Moonlight#27 and InternLM/xtuner#1582: partial sums in place of a matrix, and updates explode",
         clauses=("DIST-10",),
     ),
