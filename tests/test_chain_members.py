@@ -131,3 +131,23 @@ def test_a_parameter_that_two_members_share_is_clipped_once():
 def test_a_list_of_optimizers_is_not_a_chain():
     with pytest.raises(TypeError, match="ChainedOptimizer"):
         clip_grad_norm_([torch.optim.SGD([weight(1.0)])], 1.0)
+
+
+@pytest.mark.parametrize("broken", [{}, {"state": {}}, None, {"state": {}, "param_groups": []}], ids=str)
+def test_members_go_back_whatever_the_error_of_a_later_one(broken):
+    """A member of torch's has KeyErrors, TypeErrors and ValueErrors for what is no state dict."""
+    first, second = (torch.optim.SGD([weight(1.0)], lr=0.1) for _ in range(2))
+    chain = ChainedOptimizer([first, second])
+    saved = chain.state_dict()
+    saved["optimizers"][0]["param_groups"][0]["lr"] = 0.7
+    saved["optimizers"][1] = broken
+    with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
+        chain.load_state_dict(saved)
+    assert first.param_groups[0]["lr"] == 0.1
+
+
+def test_a_count_that_was_read_stays_as_it_was():
+    chain = ChainedOptimizer([torch.optim.SGD([weight(INF)])], grad_norm_skip_threshold=1.0)
+    before = chain.skipped
+    chain.step()
+    assert (int(before), int(chain.skipped)) == (0, 1)

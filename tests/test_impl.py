@@ -307,19 +307,3 @@ def test_what_has_a_gradient_is_stepped_also_where_it_asks_for_none():
     optimizer = Muon([p.requires_grad_(False)])
     optimizer.step()
     assert (p != 1).all()
-
-
-def test_a_frozen_parameter_has_no_state_until_it_has_thawed():
-    w, frozen = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2), requires_grad=False)
-    w.grad = torch.ones(2, 3)
-    first, second, third = (Muon([w, frozen]) for _ in range(3))
-    first.step()
-    saved = first.state_dict()
-    second.load_state_dict(saved)
-    second.step()
-    assert saved["state"].keys() == {0} and second.state.keys() == {w}
-    frozen.requires_grad_(True).grad = torch.ones(3, 2)
-    second.step()
-    assert second.state.keys() == {w, frozen}
-    with pytest.raises(ValueError, match=r"the state dict has no state for parameter 0\.1"):
-        third.load_state_dict(saved)

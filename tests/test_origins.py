@@ -83,13 +83,15 @@ def take(made: list[nn.Parameter], optimizer: torch.optim.Optimizer, gradients: 
     optimizer.step()
 
 
-@pytest.mark.parametrize("origin", RULES)
-def test_like_takes_the_steps_of_its_origin(origin):
+@pytest.mark.parametrize(
+    ("origin", "size"), [*((origin, 100.0) for origin in RULES), ("torch", 1e-8), ("megatron", 1e-8)]
+)  # with the last two, an epsilon that is a floor decides
+def test_like_takes_the_steps_of_its_origin(origin, size):
     theirs = normal(0)
     made, optimizer = ours(origin, theirs)
     momenta = [torch.zeros_like(W) for W in theirs]
     for step in range(4):
-        gradients = normal(1 + step, 100.0)
+        gradients = normal(1 + step, size)
         take(made, optimizer, gradients)
         theirs, momenta = map(list, zip(*map(RULES[origin].step, theirs, momenta, gradients), strict=True))
         for p, W in zip(made, theirs, strict=True):
@@ -211,3 +213,10 @@ def test_a_sum_becomes_an_average_by_the_momentum_of_its_group():
     optimizer = Muon([{"params": [p], "momentum": 0.5}], momentum=0.9)
     import_state(optimizer, {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}}, [p], "moonlight")
     assert optimizer.state[p]["momentum_buffer"].eq(0.5).all()
+
+
+def test_a_narrow_sum_is_widened_before_it_becomes_an_average():
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer, M = Muon([p], momentum=0.95), torch.full((2, 3), 1 / 3, dtype=torch.bfloat16)
+    import_state(optimizer, {"state": {0: {"momentum_buffer": M}}}, [p], "moonlight")
+    accept.same_bits(actual=optimizer.state[p]["momentum_buffer"], expected=(1 - 0.95) * M.float())

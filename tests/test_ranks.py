@@ -2,24 +2,27 @@
 """Parameters on several ranks where options change, a round is not enough, or a rank's part lies across: one process's bits."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import conformance.ranks
 import impl.exchange
 import impl.parts
 from conformance import accept
-from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, take, weight
+from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, spread, take, weight
+from conformance.strategies import tensor
 from conformance.targets.impl import Target
 from conformance.worlds import threads
-from impl import Layout, Muon, param_groups
+from impl import Layout, Muon, clip_grad_norm_, param_groups
 from impl.placement import assign
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
@@ -108,14 +111,14 @@ def test_a_rank_dumps_its_own_part_of_what_it_found(device, tmp_path):
     assert {type(T) for T in found[1].values()} == {torch.Tensor}
 
 
-def warned(rank: int, declare: Callable[[nn.Linear], None]) -> list[str]:
+def warned(rank: int, declare: Callable[[nn.Linear], None], overrides: Mapping[str, Any] | None = None) -> list[str]:
     """What routing a layer says that has lost its attributes, if any."""
     model = nn.Linear(4, 6, bias=False)
     parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
     declare(model)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        Muon(param_groups(model, head=()))
+        Muon(param_groups(model, head=(), overrides=overrides))
     return [str(each.message) for each in found]
 
 
@@ -124,10 +127,43 @@ def test_attributes_that_dtensors_have_lost_are_asked_for():
     declarations = {
         "nothing": lambda model: None,
         "a tag": lambda model: setattr(model.weight, "use_muon", True),
+        "experts": lambda model: setattr(model.weight, "num_experts", 2),
         "a layout": lambda model: setattr(model.weight, "muon_layout", Layout(blocks=2)),
         "a module's layout": lambda model: setattr(model, "muon_layout", Layout(blocks=2)),
     }
     found = {name: threads(1, warned, declare) for name, declare in declarations.items()}
     (message,) = found.pop("nothing")[0]
     assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
+    found["overrides"] = threads(1, warned, lambda model: None, {"weight": {"lr": 0.1}})
     assert all(each == [[]] for each in found.values()), found
+
+
+def norms(rank: int) -> tuple[float, float]:
+    """The norm of all gradients where one weight lies on all four ranks and one on two, and what it should be."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "together"))
+    everywhere, here = tensor((8, 6), 0), tensor((4, 6), 1 + rank // 2)  # ranks 0 and 1, 2 and 3 have another weight each
+    flat = DeviceMesh("cpu", list(range(4)))
+    parameters = [nn.Parameter(spread(T, on, [Shard(0)])) for T, on in ((everywhere, flat), (here, mesh["together"]))]
+    for p, G in zip(parameters, (everywhere, here), strict=True):
+        p.grad = spread(G, p.device_mesh, [Shard(0)])
+    total = clip_grad_norm_(Muon(parameters, algorithm="adamw"), 1e9).total
+    return float(total), float(torch.cat([everywhere, here]).double().norm())
+
+
+def test_a_norm_counts_weights_on_the_ranks_that_they_are_on():
+    for found, right in threads(4, norms):
+        assert found == pytest.approx(right, rel=1e-6)
+
+
+def in_stripes(rank: int) -> None:
+    """Each rank has every other third of a weight's rows."""
+    mesh = init_device_mesh("cpu", (2,))
+    stripes = [_StridedShard(0, split_factor=3)]
+    own = DTensor.from_local(torch.ones(6, 4), mesh, stripes, run_check=False, shape=torch.Size((12, 4)), stride=(4, 1))
+    with pytest.raises(ValueError, match=r"parameter 0\.0 of shape \(12, 4\) .* leave gaps in a rank's part of dimension 0"):
+        Muon([nn.Parameter(own)])
+    Muon([nn.Parameter(own)], algorithm="adamw")  # which does not mind
+
+
+def test_a_part_with_gaps_is_refused():
+    threads(2, in_stripes)

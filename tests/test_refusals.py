@@ -94,3 +94,43 @@ def test_a_state_dict_has_a_name_for_every_parameter():
 
 def test_sections_are_told_by_their_type():
     assert Layout.of({"sections": [{"rows": 2}, Section(4)]}) == Layout(sections=(Section(2), Section(4)))
+
+
+BAD = [
+    ({"lr": torch.tensor(-0.1)}, "Learning rate should be >= 0 but is: -0.1"),
+    ({"lr": torch.tensor(float("nan"))}, "Learning rate should be >= 0 but is: nan"),
+    ({"lr": torch.tensor(1j)}, "Learning rate should be >= 0 but is: "),
+    ({"weight_decay": torch.tensor(-0.1)}, "weight decay should be >= 0 but is: -0.1"),
+    ({"momentum": torch.tensor(1.0)}, "momentum should be < 1 but is: "),
+    ({"ns_coefficients": 7}, "ns_coefficients should be a name, a quintic .* but is: 7"),
+    ({"ns_coefficients": ()}, r"ns_coefficients should be a name, a quintic .* but is: \(\)"),
+    ({"ns_coefficients": (1.5, float("inf"), 0.0)}, "Coefficients must be finite numbers, found"),
+    ({"ns_coefficients": (1.5, "a", 0.0)}, "Coefficients must be finite numbers, found"),
+    ({"ns_coefficients": [(1.5, -0.5, 0.0)]}, "1 quintics but ns_steps is 5; say ns_steps=1"),
+    ({"layout": Layout(sections=(Section(0), Section(4)))}, "rows of a section should be an integer >= 1 but is 0"),
+    ({"layout": Layout(sections=(Section(5), Section(-1)))}, "rows of a section should be an integer >= 1 but is -1"),
+    ({"layout": Layout(sections=(Section(4, head_dim=0),))}, "head_dim should be an integer >= 1 but is 0"),
+    ({"layout": Layout(groups=2, sections=(Section(2, head_dim=4),))}, "head_dim"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
+def test_an_option_that_is_no_number_of_its_kind_is_refused_by_constructor_and_checkpoint(options, message):
+    with pytest.raises(ValueError, match=message):
+        Muon([weight(4, 6)], **options)
+    optimizer = Muon([weight(4, 6)])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(options)
+    with pytest.raises(ValueError, match=message if "layout" not in options else "layout"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_checkpoint_may_not_combine_what_the_constructor_refuses_together():
+    optimizer = Muon([weight(4, 6)], normuon_beta2=0.9)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["shard_mode"] = "distributed"
+    with pytest.raises(
+        ValueError, match="normuon_beta2 needs whole matrices, with shard_mode='owned', but that is 'distributed'"
+    ):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["shard_mode"] == "owned"

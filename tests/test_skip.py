@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import warnings
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -229,3 +230,22 @@ def test_an_embedding_row_without_gradient_stays_finite():
     table(torch.tensor([0])).sum().backward()
     optimizer.step()
     assert table.weight.isfinite().all()
+
+
+def warnings_of(optimizer: Muon, G: torch.Tensor) -> list[str]:
+    """What a step and the look after it say."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        one_step(optimizer, G)
+        optimizer.state_dict()
+    return [str(each.message) for each in found]
+
+
+def test_a_warning_tells_what_happened_and_a_copy_does_not_repeat_it():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    (message,) = warnings_of(optimizer, torch.full((2, 3), NAN))
+    assert message.startswith("Muon has skipped 1 step: in 1 a gradient") and ";" not in message and " 0 " not in message
+    for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):  # noqa: S301
+        assert warnings_of(each, torch.ones(2, 3)) == []
+        (message,) = warnings_of(each, torch.full((2, 3), NAN))
+        assert "has skipped 2 steps" in message

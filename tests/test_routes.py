@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routing where modules, names or configs are unusual, and the report to the letter; ROUTE's clauses are in conformance/."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from impl import Muon, param_groups
+from impl.routing import num_experts
+
+
+def routed(model: nn.Module, **options: object) -> dict[str, tuple[str, str]]:
+    """Of every parameter, its rule and its algorithm."""
+    groups = param_groups(model, **{"head": (), **options})
+    return {name: (group["rule"], group["algorithm"]) for group in groups for name, _ in group["params"]}
+
+
+def test_projections_of_attention_that_are_apart_are_matrices():
+    found = routed(nn.MultiheadAttention(8, 2, kdim=6, vdim=4, bias=False))
+    assert found == dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"), ("matrix", "muon"))
+
+
+def test_a_tied_parameter_is_found_by_each_of_its_names():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    model = nn.ModuleDict({"a": first, "b": second, "c": nn.Linear(4, 4, bias=False)})
+    for pattern in ("a.*", "b.*", "[ab].weight"):
+        groups = param_groups(model, head=(), overrides={pattern: {"lr": 0.5}})
+        assert [[name for name, _ in group["params"]] for group in groups if group.get("lr") == 0.5] == [["a.weight"]]
+
+
+def test_what_torchs_own_modules_stack_is_not_taken_for_experts():
+    """nn.Bilinear has a weight of three dimensions."""
+    model = nn.Sequential(nn.Bilinear(4, 5, 3, bias=False))
+    model.config = SimpleNamespace(num_experts=3)
+    with pytest.raises(ValueError, match=r"parameter 0.weight \(3, 4, 5\) of Bilinear is not recognised"):
+        routed(model)
+
+
+@pytest.mark.parametrize("value", [True, 0, -1, "4", 4.0, None], ids=repr)
+def test_what_is_no_count_is_no_number_of_experts(value):
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(num_experts=value, num_local_experts=6)
+    assert num_experts(model) == 6
+
+
+def test_a_config_that_contradicts_itself_is_told_with_its_keys():
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(num_experts=4, text_config=SimpleNamespace(num_experts=8))
+    with pytest.raises(ValueError, match=r"\{'num_experts': 4, 'text_config.num_experts': 8\}"):
+        num_experts(model)
+
+
+def test_the_report_to_the_letter():
+    optimizer = Muon(param_groups(nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5, bias=False))), lr=0.02)
+    named = [("experts", nn.Parameter(torch.ones(12, 6)))]
+    optimizer.add_param_group({"params": named, "layout": {"blocks": 2}, "lr": torch.tensor(0.5)})
+    assert optimizer.report().splitlines() == [
+        "parameter  shape  rule         algorithm  matrices  learning rate  clipped",
+        "---------  -----  -----------  ---------  --------  -------------  -------",
+        "0.weight   5x8    embedding    adamw      -         0.02           all",
+        "1.weight   8x8    matrix       muon       1x8x8     0.02           none",
+        "1.bias     8      vector       adamw      -         0.02           all",
+        "2.weight   5x8    output head  adamw      -         0.02           all",
+        "experts    12x6   -            muon       2x6x6     0.5            none",
+        "",
+        "muon: 136 parameters",
+        "adamw: 88 parameters",
+    ]

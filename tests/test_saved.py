@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is saved, pickled and loaded where no clause of SPEC.md says it by name: older files, other programs, frozen weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from impl import Layout, Muon
+
+
+def stepped(*named: tuple[str, nn.Parameter] | nn.Parameter, **options: object) -> Muon:
+    """An optimizer that has taken a step."""
+    optimizer = Muon(list(named), **options)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape))
+
+
+def test_a_frozen_parameter_has_no_state_until_it_has_thawed():
+    w, frozen = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2), requires_grad=False)
+    w.grad = torch.ones(2, 3)
+    first, second, third = (Muon([w, frozen]) for _ in range(3))
+    first.step()
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    second.step()
+    assert saved["state"].keys() == {0} and second.state.keys() == {w}
+    frozen.requires_grad_(True).grad = torch.ones(3, 2)
+    second.step()
+    assert second.state.keys() == {w, frozen}
+    with pytest.raises(ValueError, match=r"the state dict has no state for parameter 0\.1"):
+        third.load_state_dict(saved)
+
+
+def test_loading_leaves_no_hook_behind():
+    optimizer = stepped(weight(2, 3))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="0 parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert not optimizer._optimizer_load_state_dict_pre_hooks and not optimizer._optimizer_load_state_dict_post_hooks
+
+
+def test_what_was_pickled_before_an_option_was_there_has_its_default():
+    state = copy.deepcopy(stepped(weight(4, 3), layout=Layout(blocks=2), momentum=0.5).__getstate__())
+    (group,) = state["param_groups"]
+    group["layout"] = {"blocks": 2}
+    del group["normuon_beta2"], group["skip_grad_norm_clip"]
+    old = Muon.__new__(Muon)
+    old.__setstate__(state)
+    (group,) = old.param_groups
+    assert (group["layout"], group["normuon_beta2"], group["momentum"]) == (Layout(blocks=2), None, 0.5)
+    assert group["skip_grad_norm_clip"] is True
+    old.step()
+
+
+def test_names_are_compared_only_where_both_have_them():
+    saved = stepped(weight(2, 3)).state_dict()
+    named = Muon([("w", weight(2, 3))])
+    named.load_state_dict(saved)
+    assert named.param_groups[0]["param_names"] == ["w"]
+    broken = stepped(("v", weight(2, 3))).state_dict()
+    broken["state"][0]["momentum_buffer"] = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="state 'momentum_buffer' of parameter v"):
+        Muon([weight(2, 3)]).load_state_dict(broken)
+
+
+def test_a_step_may_be_a_number():
+    """As torch.optim.AdamW's was, once."""
+    saved = stepped(weight(3), algorithm="adamw").state_dict()
+    saved["state"][0]["step"] = 7
+    optimizer = Muon([weight(3)], algorithm="adamw")
+    optimizer.load_state_dict(saved)
+    (state,) = optimizer.state.values()
+    assert state["step"].dtype == torch.float32 and state["step"].item() == 7
+
+
+def test_what_is_loaded_has_no_graph():
+    saved = stepped(weight(2, 3)).state_dict()
+    saved["state"][0]["momentum_buffer"].requires_grad_()
+    optimizer = Muon([weight(2, 3)])
+    optimizer.load_state_dict(saved)
+    assert not any(T.requires_grad for state in optimizer.state.values() for T in state.values())
