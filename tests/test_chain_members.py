@@ -128,9 +128,12 @@ def test_a_parameter_that_two_members_share_is_clipped_once():
     assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
 
 
-def test_a_list_of_optimizers_is_not_a_chain():
-    with pytest.raises(TypeError, match="ChainedOptimizer"):
-        clip_grad_norm_([torch.optim.SGD([weight(1.0)])], 1.0)
+@pytest.mark.parametrize(
+    "what", [[torch.optim.SGD([weight(1.0)])], weight(1.0), [weight(1.0)]], ids=["optimizers", "one", "some"]
+)
+def test_what_is_to_be_clipped_is_one_optimizers(what):
+    with pytest.raises(TypeError, match=r"takes the optimizer, .* in place of its parameters; .* a ChainedOptimizer"):
+        clip_grad_norm_(what, 1.0)
 
 
 @pytest.mark.parametrize("broken", [{}, {"state": {}}, None, {"state": {}, "param_groups": []}], ids=str)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import reference
-from impl import Layout, Muon, Section, orthogonalize, param_groups
+from impl import Layout, Muon, Section, clip_grad_norm_, orthogonalize, param_groups
 from impl import schedules as ours
 from impl.layout import cut, matrices
 from impl.options import check_options
@@ -28,7 +28,8 @@ def test_published_coefficients_agree(name):
 
 
 @pytest.mark.parametrize(
-    "coefficients", [*ours.POLAR_EXPRESS_S4.values(), ours.YOU, (ours.JORDAN,) * 9, ((1.5, -0.5, 0.0),) * 3]
+    "coefficients",
+    [*ours.POLAR_EXPRESS_S4.values(), ours.YOU, (ours.JORDAN,) * 9, ((1.5, -0.5, 0.0),) * 3, ((2.0, -1.0, 0.0),)],
 )
 def test_images_agree(coefficients):
     for low, high in ((0.0, 1.0), (1e-3, 1.001), (0.5, 0.9)):
@@ -307,3 +308,25 @@ def test_what_has_a_gradient_is_stepped_also_where_it_asks_for_none():
     optimizer = Muon([p.requires_grad_(False)])
     optimizer.step()
     assert (p != 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_gradient_that_lies_across_the_same_sections_are_clipped(dtype):
+    layout, found = Layout(sections=(Section(6), Section(2, algorithm="adamw"))), []
+    for across in (False, True):
+        p, G = nn.Parameter(torch.ones(8, 5, dtype=dtype)), torch.arange(40.0).view(8, 5).to(dtype)
+        p.grad = G.mT.contiguous().mT if across else G.clone()
+        norms = clip_grad_norm_(Muon([p], layout=layout), 1.0)
+        assert torch.equal(p.grad[:6], G[:6]) and torch.linalg.vector_norm(p.grad[6:].float()).item() == pytest.approx(
+            1, rel=1e-2
+        )
+        found.append((*norms, p.grad))
+    for straight, across in zip(*found, strict=True):
+        assert (straight is None and across is None) or torch.equal(straight, across)
+
+
+def test_the_norm_of_nothing_is_a_double():
+    p = nn.Parameter(torch.ones(0, 5))
+    p.grad = torch.ones(0, 5)
+    total = clip_grad_norm_(Muon([p], algorithm="adamw"), 1.0).total
+    assert (total.dtype, total.item()) == (torch.float64, 0.0)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -18,11 +18,10 @@ import conformance.ranks
 import impl.exchange
 import impl.parts
 from conformance import accept
-from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, spread, take, weight
-from conformance.strategies import tensor
+from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, take, weight
 from conformance.targets.impl import Target
 from conformance.worlds import threads
-from impl import Layout, Muon, clip_grad_norm_, param_groups
+from impl import Layout, Muon, param_groups
 from impl.placement import assign
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
@@ -136,23 +135,6 @@ def test_attributes_that_dtensors_have_lost_are_asked_for():
     assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
     found["overrides"] = threads(1, warned, lambda model: None, {"weight": {"lr": 0.1}})
     assert all(each == [[]] for each in found.values()), found
-
-
-def norms(rank: int) -> tuple[float, float]:
-    """The norm of all gradients where one weight lies on all four ranks and one on two, and what it should be."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "together"))
-    everywhere, here = tensor((8, 6), 0), tensor((4, 6), 1 + rank // 2)  # ranks 0 and 1, 2 and 3 have another weight each
-    flat = DeviceMesh("cpu", list(range(4)))
-    parameters = [nn.Parameter(spread(T, on, [Shard(0)])) for T, on in ((everywhere, flat), (here, mesh["together"]))]
-    for p, G in zip(parameters, (everywhere, here), strict=True):
-        p.grad = spread(G, p.device_mesh, [Shard(0)])
-    total = clip_grad_norm_(Muon(parameters, algorithm="adamw"), 1e9).total
-    return float(total), float(torch.cat([everywhere, here]).double().norm())
-
-
-def test_a_norm_counts_weights_on_the_ranks_that_they_are_on():
-    for found, right in threads(4, norms):
-        assert found == pytest.approx(right, rel=1e-6)
 
 
 def in_stripes(rank: int) -> None:

@@ -28,6 +28,7 @@ def test_a_tied_parameter_is_found_by_each_of_its_names():
     model = nn.ModuleDict({"a": first, "b": second, "c": nn.Linear(4, 4, bias=False)})
     for pattern in ("a.*", "b.*", "[ab].weight"):
         groups = param_groups(model, head=(), overrides={pattern: {"lr": 0.5}})
+        assert type(groups) is list
         assert [[name for name, _ in group["params"]] for group in groups if group.get("lr") == 0.5] == [["a.weight"]]
 
 
@@ -49,6 +50,9 @@ def test_what_is_no_count_is_no_number_of_experts(value):
 def test_a_config_that_contradicts_itself_is_told_with_its_keys():
     model = nn.Linear(2, 2)
     model.config = SimpleNamespace(num_experts=4, text_config=SimpleNamespace(num_experts=8))
+    model.config.text_config.num_experts = 4
+    assert num_experts(model) == 4
+    model.config.text_config.num_experts = 8
     with pytest.raises(ValueError, match=r"\{'num_experts': 4, 'text_config.num_experts': 8\}"):
         num_experts(model)
 

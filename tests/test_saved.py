@@ -87,3 +87,12 @@ def test_what_is_loaded_has_no_graph():
     optimizer = Muon([weight(2, 3)])
     optimizer.load_state_dict(saved)
     assert not any(T.requires_grad for state in optimizer.state.values() for T in state.values())
+
+
+def test_what_is_no_state_is_told_by_its_type_and_groups_by_their_sizes():
+    saved = stepped(weight(2, 3)).state_dict()
+    saved["state"][0]["momentum_buffer"] = 7
+    with pytest.raises(ValueError, match=r"state 'momentum_buffer' of parameter 0\.0 should have shape \(2, 3\) but is: int"):
+        Muon([weight(2, 3)]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="group 0 of the state dict has 1 parameters but the optimizer's has 2"):
+        Muon([weight(2, 3), weight(2, 3)]).load_state_dict(saved)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from impl import Layout, Muon, Section, skip
+from impl import ChainedOptimizer, Layout, Muon, Section, skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
 NAN = float("nan")
@@ -179,6 +179,35 @@ def test_a_dump_that_cannot_be_written_does_not_stop_the_training(tmp_path):
         one_step(optimizer, torch.full((2, 3), NAN))
     one_step(optimizer, torch.full((2, 3), NAN))
     assert int(optimizer.skipped["gradient"]) == 2
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))], dump_nonfinite=tmp_path / "dump.pt")
+    with pytest.warns(RuntimeWarning, match="dump_nonfinite could not be written: no space left"):
+        one_step(optimizer, torch.full((2, 3), NAN))
+    assert int(optimizer.skipped["gradient"]) == 1
+
+
+def test_a_step_does_not_wait_for_the_counters_and_a_state_dict_does(monkeypatch):
+    waits = []
+    monkeypatch.setattr(skip.Tally, "look", lambda self, wait, speak=True: waits.append(wait))
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    chain = ChainedOptimizer([optimizer])
+    one_step(optimizer, torch.ones(2, 3))
+    assert waits and not any(waits)
+    waits.clear()
+    optimizer.state_dict()
+    assert waits == [True]
+    waits.clear()
+    chain.step()
+    assert waits and not any(waits)
+    waits.clear()
+    chain.state_dict()
+    assert waits == [True, True]
 
 
 def test_counters_that_were_read_stay_as_they_were():

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks of which each pair, or each one, has weights of its own: what is for some ranks must not reach the others."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard
+
+from conformance import accept
+from conformance.ranks import spread
+from conformance.strategies import tensor
+from conformance.worlds import threads
+from impl import ChainedOptimizer, Muon, clip_grad_norm_
+
+SHAPES = ((8, 12), (12, 8), (8, 12))
+MODES = ("owned", "duplicated", "distributed")
+
+
+def together() -> DeviceMesh:
+    """Ranks 0 and 1, or 2 and 3."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "rank"))["rank"]
+
+
+def gradients(pair: int, step: int) -> list[Tensor]:
+    """Other ones for each pair; the last weight's are zero."""
+    found = [tensor(shape, 100 * pair + 10 * step + i) for i, shape in enumerate(SHAPES)]
+    return [*found[:-1], torch.zeros(SHAPES[-1])]
+
+
+def steps(pair: int, mesh: DeviceMesh | None, **options: object) -> list[nn.Parameter]:
+    """A pair's weights after two steps, on its mesh or in one process."""
+    placed = (lambda T: T) if mesh is None else (lambda T: spread(T, mesh, [Shard(0)]))
+    parameters = [nn.Parameter(placed(tensor(shape, 100 * pair + 50 + i))) for i, shape in enumerate(SHAPES)]
+    optimizer = Muon(parameters, lr=0.1, **options)
+    for step in range(2):
+        for p, G in zip(parameters, gradients(pair, step), strict=True):
+            p.grad = placed(G)
+        optimizer.step()
+    return parameters
+
+
+def own_steps(rank: int, mode: str) -> list[Tensor]:
+    return [p.detach().to_local() for p in steps(rank // 2, together(), shard_mode=mode)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pairs_step_their_weights_as_one_process_would(mode):
+    found = threads(4, own_steps, mode)
+    for pair in range(2):
+        for *parts, one in zip(found[2 * pair], found[2 * pair + 1], steps(pair, None), strict=True):
+            whole = torch.cat(parts)
+            assert whole.isfinite().all()
+            if mode == "distributed":
+                torch.testing.assert_close(whole, one.detach(), rtol=1e-5, atol=1e-5)
+            else:
+                accept.same_bits(actual=whole, expected=one.detach())
+
+
+def norms(rank: int) -> tuple[float, float]:
+    """The norm of all gradients where one weight lies on all ranks and one on a pair, and what it should be."""
+    meshes = DeviceMesh("cpu", list(range(4))), together()
+    found = tensor((8, 6), 0), tensor((4, 6), 1 + rank // 2)
+    parameters = [nn.Parameter(spread(T, mesh, [Shard(0)])) for T, mesh in zip(found, meshes, strict=True)]
+    for p, G in zip(parameters, found, strict=True):
+        p.grad = spread(G, p.device_mesh, [Shard(0)])
+    total = clip_grad_norm_(Muon(parameters, algorithm="adamw"), 1e9).total
+    return float(total), float(torch.cat(found).double().norm())
+
+
+def test_a_norm_counts_weights_on_the_ranks_that_they_are_on():
+    for found, right in threads(4, norms):
+        assert found == pytest.approx(right, rel=1e-6)
+
+
+def weight(algorithm: str, seed: int) -> nn.Parameter:
+    p = nn.Parameter(tensor((4, 6), seed))
+    p.grad = tensor((4, 6), seed + 1)
+    return p
+
+
+def chained(rank: int, clip_norm: str) -> list[float | None]:
+    """Of a chain of which only the last rank has anything to clip."""
+    members = [Muon([weight("muon", rank)])] + [Muon([weight("adamw", 7)], algorithm="adamw")] * (rank == 2)
+    chain = ChainedOptimizer(members, process_groups=[dist.group.WORLD] * len(members), clip_grad=0.5, clip_norm=clip_norm)
+    chain.step()
+    return [None if N is None else float(N) for N in chain.norms]
+
+
+@pytest.mark.parametrize("clip_norm", ["own", "global"])
+def test_ranks_that_clip_nothing_measure_with_those_that_do(clip_norm):
+    own = float(tensor((4, 6), 8).double().norm())
+    total = sum(float(tensor((4, 6), seed).double().square().sum()) for seed in (1, 2, 3, 8)) ** 0.5
+    found = threads(3, chained, clip_norm)
+    assert all(a == b for a, b in pairwise(found))
+    right = (None, own, own) if clip_norm == "own" else (total, total, own)
+    assert found[0] == [N if N is None else pytest.approx(N, rel=1e-6) for N in right]
+
+
+def late(rank: int) -> tuple[int, str]:
+    """The number of silent process groups, and what a step says once a member of one is not exempt any more."""
+    apart = dist.new_group([0, 1])
+    exempt, clipped = Muon([weight("muon", 0)]), Muon([weight("adamw", 2)], algorithm="adamw")
+    chain = ChainedOptimizer([exempt, clipped], process_groups=[apart, dist.group.WORLD], clip_grad=0.5)
+    silent = len(chain.silent)
+    chain.step()
+    exempt.param_groups[0]["skip_grad_norm_clip"] = False
+    try:
+        chain.step()
+    except RuntimeError as error:
+        return silent, str(error)
+    return silent, ""
+
+
+def test_what_all_ranks_took_for_exempt_stays_so():
+    for silent, told in threads(2, late):
+        assert silent == 1 and "build it again" in told
+
+
+def parts(rank: int | None) -> list[Tensor]:
+    """Half of a weight of four blocks of columns, as a rank's part or as a weight of its own."""
+    halves = [tensor((6, 40), seed).chunk(2) for seed in range(2)]
+    if rank is None:
+        made = [(nn.Parameter(W.clone()), G) for W, G in zip(*halves, strict=True)]
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        W, G = (spread(torch.cat(half), mesh, [Shard(0)]) for half in halves)
+        made = [(nn.Parameter(W), G)]
+    for p, G in made:
+        p.grad = G
+        Muon([p], lr=0.1, layout={"columns": 4}, shard_mode="owned" if rank is None else "blockwise").step()
+    return [p.detach() if rank is None else p.detach().to_local() for p, _ in made]
+
+
+def test_parts_of_blocks_of_columns_step_as_weights_of_their_own():
+    found, right = threads(2, parts), parts(None)
+    for (actual,), expected in zip(found, right, strict=True):
+        accept.same_bits(actual=actual, expected=expected)
