@@ -162,8 +162,7 @@ def begin(target: Target, case: Case, device: str, mesh: DeviceMesh | None = Non
     if mesh is None:
         ranks = torch.tensor(case.order or range(case.size)).view(case.mesh)
         mesh = DeviceMesh(device, ranks, mesh_dim_names=tuple("abc")[: ranks.ndim])
-    placements = [PLACEMENTS[name] for name in case.placements]
-    return construct(target, case, [spread(W, mesh, placements) for W in values])
+    return construct(target, case, [spread(W, mesh, [PLACEMENTS[name] for name in case.placements]) for W in values])
 
 
 def give(case: Case, rank: int, step: int, parameters: list[nn.Parameter], factor: float = 1.0) -> None:
@@ -225,8 +224,7 @@ def assemble(found: list[Outcome], name: str, shape: torch.Size) -> Tensor:
     T, seen = found[0].parts[name][0].new_zeros(shape), torch.zeros(shape, dtype=torch.bool)
     for each in found:
         own, at = each.parts[name]
-        if not at or own.shape == shape:
-            at = tuple(slice(0, n) for n in shape)
+        at = at if at and own.shape != shape else tuple(slice(0, n) for n in shape)
         if seen[at].any():
             accept.same_bits(actual=own[seen[at]], expected=T[at][seen[at]])
         T[at], seen[at] = own, True
@@ -237,14 +235,16 @@ def assemble(found: list[Outcome], name: str, shape: torch.Size) -> Tensor:
 def accept_as_alone(target: Target, device: torch.device, case: Case, bits: bool) -> None:
     """All ranks' parts together are what one process has: to the bit, states included, or as far as the reference's step."""
     __tracebackhide__ = True
-    found = threads(case.size, together, target, case, device.type)
-    one = alone(target, case, device)
-    for name, (T, _) in one.parts.items():
+    accept_parts(target, device, case, threads(case.size, together, target, case, device.type), bits)
+
+
+def accept_parts(target: Target, device: torch.device, case: Case, found: list[Outcome], bits: bool) -> None:
+    __tracebackhide__ = True
+    for name, (T, _) in alone(target, case, device).parts.items():
         if bits:
             accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
         elif "." not in name:
-            whole = assemble(found, name, T.shape)
-            i = int(name[1:])
+            i, whole = int(name[1:]), assemble(found, name, T.shape)
             before, steps = weight(case, i), [[gradient(case, step, i)] for step in range(case.steps)]
             right = expected([before], steps, options(case, case.weights[i]))[0]
             accept.step(before=before, actual=whole, expected=right, precision=target.precision(case.dtype, device))

@@ -7,9 +7,25 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
 
 from conformance import accept
-from conformance.ranks import MESHES, Case, Weight, accept_as_alone, assemble, construct, gradient, together, weight
+from conformance.ranks import (
+    MESHES,
+    Case,
+    Outcome,
+    Weight,
+    accept_as_alone,
+    accept_parts,
+    assemble,
+    begin,
+    construct,
+    gradient,
+    outcome,
+    take,
+    together,
+    weight,
+)  # fmt: skip
 from conformance.steps import expected
 from conformance.strategies import FUSED, HYPER, seeds
 from conformance.target import Target
@@ -44,6 +60,26 @@ def test_every_placement_has_the_bits_of_one_process(target: Target, device, mes
         weights = tuple(each for each in weights if len(each.shape) == 2)
     case = Case(*MESHES[mesh], weights, replace(HYPER, normuon_beta2=normuon_beta2))
     accept_as_alone(target, device, case, bits=True)
+
+
+def steps_of_a_pair(rank: int, target: Target, cases: list[Case], device: str) -> Outcome:
+    """The case of this rank's pair, on a mesh of the two."""
+    case, ranks = cases[rank // 2], torch.arange(4).view(2, 2)
+    parameters, optimizer = begin(target, case, device, DeviceMesh(device, ranks, mesh_dim_names=("pair", "rank"))["rank"])
+    for step in range(case.steps):
+        take(case, rank % 2, step, parameters, optimizer)
+    return outcome(target, parameters, optimizer, [])
+
+
+@pytest.mark.clause("DIST-1", "DIST-2")
+@pytest.mark.parametrize("placement", ["S0", "S1"])
+@pytest.mark.parametrize("mode", ["owned", "duplicated", "distributed"])
+def test_every_pair_of_ranks_steps_weights_of_its_own(target: Target, device, mode, placement):
+    weights, hyper = (Weight((8, 12)), Weight((12, 8)), Weight((8, 12), None, "adamw")), replace(HYPER, shard_mode=mode)
+    cases = [Case((2,), (placement,), weights, hyper, seed=1000 * pair) for pair in range(2)]
+    found = threads(4, steps_of_a_pair, target, cases, device.type)
+    for case, pair in zip(cases, (found[:2], found[2:]), strict=True):
+        accept_parts(target, device, case, pair, bits=mode != "distributed")
 
 
 @pytest.mark.clause("DIST-2", "DIST-4")

@@ -260,6 +260,14 @@ MUTANTS = (
         clauses=("DIST-7",),
         seed="clipping",
     ),
+    Mutant(
+        name="Gram matrices of a weight summed over all ranks",
+        path="impl/gram.py",
+        old="dist.all_reduce(flat, group=group)",
+        new="dist.all_reduce(flat)",
+        source="ours: the default process group, where the weight's mesh is a part of it",
+        clauses=("DIST-1",),
+    ),
     # What is refused.
     Mutant(
         name="a weight that is a sum over ranks accepted",
