@@ -48,6 +48,8 @@ CASES = {
     "replicas": Case((2,), (), PLAIN[:3], SHORT),
     "layouts": Case((2,), ("S0",), EXPERTS, NORMUON),
     "bfloat16": Case((2,), ("S0",), PLAIN[:3], SHORT, torch.bfloat16),
+    # Rows of 12 bfloat16 of which a matrix has 8: nothing begins at a multiple of 16 bytes but the first.
+    "blocks of columns": Case((2,), ("S1",), (Weight((24, 24), {"columns": 3}),), SHORT, torch.bfloat16),
     "missing": Case((2,), ("S0",), PLAIN[:3], SHORT, missing=frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1), (0, 1, 2)])),
     "poisoned": Case((2,), ("S0",), PLAIN[:3], SHORT, steps=3, poison=frozenset([(1, 0, 1)])),
     "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
