@@ -51,7 +51,7 @@ CASES = {
     # Rows of 12 bfloat16 of which a matrix has 8: nothing begins at a multiple of 16 bytes but the first.
     "blocks of columns": Case((2,), ("S1",), (Weight((24, 24), {"columns": 3}),), SHORT, torch.bfloat16),
     "missing": Case((2,), ("S0",), PLAIN[:3], SHORT, missing=frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1), (0, 1, 2)])),
-    "poisoned": Case((2,), ("S0",), PLAIN[:3], SHORT, steps=3, poison=frozenset([(1, 0, 1)])),
+    "poisoned": Case((2,), ("S0",), PLAIN[:3], NORMUON, steps=3, poison=frozenset([(1, 0, 1)])),
     "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
     "hybrid": Case((2, 2), ("R", "S0"), PLAIN[:4], NORMUON),
     "tensor parallel": Case((2, 2), ("F0", "S0"), (*PLAIN[:3], EXPERTS[1]), NORMUON),
@@ -146,3 +146,19 @@ def test_what_changes_between_steps(device, monkeypatch):
     one, here = changed(0, device.type, True), threads(1, changed, device.type, False)
     for key, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
+
+
+def dumped(rank: int, device: str, path: Path) -> None:
+    parameters, optimizer = begin(Target(), CHANGING, device)
+    optimizer.guard.dump = path
+    give(CHANGING, rank, 0, parameters)
+    parameters[1].grad.to_local()[2, 3] = float("nan")
+    optimizer.step()
+
+
+def test_the_culprit_is_known(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    threads(1, dumped, device.type, tmp_path / "dump")
+    (path,) = tmp_path.iterdir()
+    found = torch.load(path, weights_only=True)
+    assert list(found) == ["w1"] and int(found["w1"]["gradient"].isnan().sum()) == 1
