@@ -36,6 +36,12 @@ def test_images_agree(coefficients):
         assert ours.image(coefficients, low, high) == pytest.approx(reference.Schedule(coefficients).image(low, high))
 
 
+def test_coefficients_may_be_three_quintics_or_whole_numbers():
+    three = ours.POLAR_EXPRESS_S4[3]
+    assert ours.schedule(three, 3).coefficients == three
+    assert ours.schedule((1, 0, 0), 2).coefficients == ((1, 0, 0),) * 2
+
+
 def test_coefficients_may_come_back_as_lists():
     assert ours.schedule([3.4445, -4.775, 2.0315], 5) == ours.schedule("jordan", 5)
     assert ours.schedule([[3.4445, -4.775, 2.0315]] * 2, 2) == ours.schedule("jordan", 2)
@@ -316,7 +322,7 @@ def test_of_a_gradient_that_lies_across_the_same_sections_are_clipped(dtype):
     for across in (False, True):
         p, G = nn.Parameter(torch.ones(8, 5, dtype=dtype)), torch.arange(40.0).view(8, 5).to(dtype)
         p.grad = G.mT.contiguous().mT if across else G.clone()
-        norms = clip_grad_norm_(Muon([p], layout=layout), 1.0)
+        norms = clip_grad_norm_(Muon([p], layout=layout), 1.0, error_if_nonfinite=True)
         assert torch.equal(p.grad[:6], G[:6]) and torch.linalg.vector_norm(p.grad[6:].float()).item() == pytest.approx(
             1, rel=1e-2
         )

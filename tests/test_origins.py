@@ -220,3 +220,10 @@ def test_a_narrow_sum_is_widened_before_it_becomes_an_average():
     optimizer, M = Muon([p], momentum=0.95), torch.full((2, 3), 1 / 3, dtype=torch.bfloat16)
     import_state(optimizer, {"state": {0: {"momentum_buffer": M}}}, [p], "moonlight")
     accept.same_bits(actual=optimizer.state[p]["momentum_buffer"], expected=(1 - 0.95) * M.float())
+
+
+def test_like_has_the_adamw_of_its_origin():
+    keys = ("adamw_betas", "adamw_eps")
+    found = {origin: tuple(like(origin)[key] for key in keys if key in like(origin)) for origin in RULES}
+    published = {"keller": ((0.9, 0.95), 1e-10), "moonlight": ((0.9, 0.95), 1e-8), "dion": ((0.9, 0.95), 1e-8)}
+    assert found == {"torch": (), "megatron": (), **published}

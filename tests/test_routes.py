@@ -40,6 +40,16 @@ def test_what_torchs_own_modules_stack_is_not_taken_for_experts():
         routed(model)
 
 
+def test_what_no_rule_knows_is_stepped_as_its_override_says():
+    model = nn.Sequential(nn.Bilinear(4, 5, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[0].weight.use_muon = True
+    # A tag does not tell which dimensions are the matrices'.
+    with pytest.raises(ValueError, match=r"0\.weight .* is not recognised"):
+        routed(model)
+    assert routed(model, overrides={"0.weight": {"algorithm": "adamw"}})["0.weight"] == ("override", "adamw")
+    assert routed(model, overrides={"0.weight": {"layout": {"blocks": 3}}})["0.weight"] == ("override", "muon")
+
+
 @pytest.mark.parametrize("value", [True, 0, -1, "4", 4.0, None], ids=repr)
 def test_what_is_no_count_is_no_number_of_experts(value):
     model = nn.Linear(2, 2)

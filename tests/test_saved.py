@@ -69,6 +69,9 @@ def test_names_are_compared_only_where_both_have_them():
     broken["state"][0]["momentum_buffer"] = torch.ones(3, 2)
     with pytest.raises(ValueError, match="state 'momentum_buffer' of parameter v"):
         Muon([weight(2, 3)]).load_state_dict(broken)
+    other = stepped(("a", weight(2, 3)), ("b", weight(2, 3))).state_dict()
+    with pytest.raises(ValueError, match=r"names its parameters otherwise: 'b' where the optimizer has 'c'$"):
+        Muon([("a", weight(2, 3)), ("c", weight(2, 3))]).load_state_dict(other)
 
 
 def test_a_step_may_be_a_number():

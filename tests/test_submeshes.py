@@ -15,6 +15,7 @@ from conformance.ranks import spread
 from conformance.strategies import tensor
 from conformance.worlds import threads
 from impl import ChainedOptimizer, Muon, clip_grad_norm_
+from impl.exchange import Round
 
 
 def together() -> DeviceMesh:
@@ -114,3 +115,36 @@ def test_parts_of_blocks_of_columns_step_as_weights_of_their_own():
     found, right = threads(2, parts), parts(None)
     for (actual,), expected in zip(found, right, strict=True):
         accept.same_bits(actual=actual, expected=expected)
+
+
+def broken(rank: int) -> dict[str, int]:
+    """What a step comes to whose sums of Gram matrices give no number."""
+    p = nn.Parameter(spread(torch.ones(8, 12), together(), [Shard(0)]))
+    p.grad = spread(tensor((8, 12), 0), p.device_mesh, [Shard(0)])
+    optimizer = Muon([p], lr=0.1, shard_mode="distributed", process_group=dist.new_group(list(range(4))))
+    optimizer.step()
+    assert p.detach().to_local().eq(1).all()
+    return {reason: int(count) for reason, count in optimizer.skipped.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+def test_a_divided_orthogonalization_that_fails_stops_all_of_the_process_group(monkeypatch):
+    healthy = Round.orthogonalize_parts
+
+    def poisoned(self: Round, got: Tensor) -> list[Tensor]:
+        return [torch.full_like(O, float("nan")) if dist.get_rank() == 1 else O for O in healthy(self, got)]
+
+    monkeypatch.setattr(Round, "orthogonalize_parts", poisoned)
+    assert threads(4, broken) == [{"orthogonalization": 1, "gradient": 0, "found_inf": 0}] * 4
+
+
+def decided(rank: int) -> Tensor:
+    """A step that is decided by the ranks of a weight's own mesh, as a process group that was made apart."""
+    p = nn.Parameter(spread(torch.ones(8, 12), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    p.grad = spread(tensor((8, 12), 0), p.device_mesh, [Shard(0)])
+    Muon([p], lr=0.1, process_group=dist.new_group([0, 1])).step()
+    return p.detach().to_local()
+
+
+def test_a_process_group_of_the_same_ranks_will_do():
+    assert all(not part.eq(1).any() for part in threads(2, decided))
