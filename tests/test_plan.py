@@ -204,8 +204,8 @@ def test_options_that_change_between_steps(device, take):
     def change(optimizer: Muon, step: int) -> None:
         group = optimizer.param_groups[step % 3]
         news = [
-            {"lr": 0.1, "weight_decay": 0.5}, {"momentum": 0.3}, {"maximize": True}, {"nesterov": False},
-            {"ns_steps": 2, "normuon_beta2": 0.5}, {"eps": 1.0, "adjust_lr_fn": "match_rms_adamw"},
+            {"lr": 0.1, "weight_decay": 0.5}, {"momentum": 0.3, "normuon_beta2": 0.5}, {"maximize": True}, {"nesterov": False},
+            {"ns_steps": 2}, {"eps": 1.0, "adjust_lr_fn": "match_rms_adamw"},
             {"lr": torch.tensor(0.05, device=device)},
         ]  # fmt: skip
         group.update(news[step])
