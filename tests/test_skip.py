@@ -280,3 +280,21 @@ def test_a_warning_tells_what_happened_and_a_copy_does_not_repeat_it():
         assert warnings_of(each, torch.ones(2, 3)) == []
         (message,) = warnings_of(each, torch.full((2, 3), NAN))
         assert "has skipped 2 steps" in message
+
+
+def test_a_loss_scale_may_be_a_large_number():
+    found = []
+    for scale in (None, 2.0**20):
+        p = nn.Parameter(torch.ones(2, 3))
+        optimizer = Muon([p])
+        optimizer.grad_scale = scale
+        one_step(optimizer, torch.arange(6.0).view(2, 3) * (scale or 1.0))
+        found.append(p.detach())
+    assert found[0].equal(found[1]) and not found[0].eq(1).all()
+
+
+def test_what_others_have_not_found_we_find_still():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    optimizer.found_inf = torch.zeros(())
+    one_step(optimizer, torch.full((2, 3), NAN))
+    assert {reason: int(count) for reason, count in optimizer.skipped.items() if count} == {"gradient": 1}
