@@ -36,19 +36,21 @@ def test_a_sum_of_zeros_moves_nothing():
         torch.testing.assert_close(part, torch.full((4, 12), 0.95))
 
 
-def norms(rank: int) -> tuple[float, float]:
+def norms(rank: int, algorithm: str) -> tuple[float, float]:
     """The norm of all gradients where one weight lies on all ranks and one on a pair, and what it should be."""
     meshes = DeviceMesh("cpu", list(range(4))), together()
     found = tensor((8, 6), 0), tensor((4, 6), 1 + rank // 2)
     parameters = [nn.Parameter(spread(T, mesh, [Shard(0)])) for T, mesh in zip(found, meshes, strict=True)]
     for p, G in zip(parameters, found, strict=True):
         p.grad = spread(G, p.device_mesh, [Shard(0)])
-    total = clip_grad_norm_(Muon(parameters, algorithm="adamw"), 1e9).total
+    total = clip_grad_norm_(Muon(parameters, algorithm=algorithm), 1e9).total
     return float(total), float(torch.cat(found).double().norm())
 
 
-def test_a_norm_counts_weights_on_the_ranks_that_they_are_on():
-    for found, right in threads(4, norms):
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_norm_counts_weights_on_the_ranks_that_they_are_on(algorithm):
+    """Also where all are exempt, and nothing is clipped by it."""
+    for found, right in threads(4, norms, algorithm):
         assert found == pytest.approx(right, rel=1e-6)
 
 
