@@ -45,11 +45,6 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest go first, so that they do not keep one process busy when the others are done."""
-    items.sort(key=lambda item: not isinstance(item, Interpreted))
-
-
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What launchers ask of CUDA, answered without it."""
