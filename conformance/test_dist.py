@@ -25,7 +25,7 @@ from conformance.ranks import (
     take,
     together,
     weight,
-)  # fmt: skip
+)
 from conformance.steps import expected
 from conformance.strategies import FUSED, HYPER, seeds
 from conformance.target import Target

@@ -275,6 +275,10 @@ def test_a_tensor_learning_rate_of_low_precision_still_decays():
     assert ((p < 1 - 0.9e-4) & (p > 1 - 1.1e-4)).all()
 
 
+def test_sections_are_told_by_their_type():
+    assert Layout.of({"sections": [{"rows": 2}, Section(4)]}) == Layout(sections=(Section(2), Section(4)))
+
+
 def test_sections_may_be_a_list():
     layout = Layout(sections=[Section(8), Section(4)])
     assert layout == Layout(sections=(Section(8), Section(4))) and hash(layout) == hash(
@@ -323,9 +327,8 @@ def test_of_a_gradient_that_lies_across_the_same_sections_are_clipped(dtype):
         p, G = nn.Parameter(torch.ones(8, 5, dtype=dtype)), torch.arange(40.0).view(8, 5).to(dtype)
         p.grad = G.mT.contiguous().mT if across else G.clone()
         norms = clip_grad_norm_(Muon([p], layout=layout), 1.0, error_if_nonfinite=True)
-        assert torch.equal(p.grad[:6], G[:6]) and torch.linalg.vector_norm(p.grad[6:].float()).item() == pytest.approx(
-            1, rel=1e-2
-        )
+        assert torch.equal(p.grad[:6], G[:6])
+        assert torch.linalg.vector_norm(p.grad[6:].float()).item() == pytest.approx(1, rel=1e-2)
         found.append((*norms, p.grad))
     for straight, across in zip(*found, strict=True):
         assert (straight is None and across is None) or torch.equal(straight, across)

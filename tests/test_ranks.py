@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters on several ranks where options change, a round is not enough, or a rank's part lies across: one process's bits."""
 
-import warnings
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.distributed.tensor.placement_types import _StridedShard
 
 import conformance.ranks
 import impl.exchange
@@ -21,7 +14,6 @@ from conformance import accept
 from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, take, weight
 from conformance.targets.impl import Target
 from conformance.worlds import threads
-from impl import Layout, Muon, param_groups
 from impl.placement import assign
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
@@ -108,44 +100,3 @@ def test_a_rank_dumps_its_own_part_of_what_it_found(device, tmp_path):
         "gradient": (3,), "exp_avg": (3,), "exp_avg_sq": (3,), "step": ()
     }  # fmt: skip
     assert {type(T) for T in found[1].values()} == {torch.Tensor}
-
-
-def warned(rank: int, declare: Callable[[nn.Linear], None], overrides: Mapping[str, Any] | None = None) -> list[str]:
-    """What routing a layer says that has lost its attributes, if any."""
-    model = nn.Linear(4, 6, bias=False)
-    parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
-    declare(model)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        Muon(param_groups(model, head=(), overrides=overrides))
-    return [str(each.message) for each in found]
-
-
-def test_attributes_that_dtensors_have_lost_are_asked_for():
-    """Unless some are there, of the parameter or of a module."""
-    declarations = {
-        "nothing": lambda model: None,
-        "a tag": lambda model: setattr(model.weight, "use_muon", True),
-        "experts": lambda model: setattr(model.weight, "num_experts", 2),
-        "a layout": lambda model: setattr(model.weight, "muon_layout", Layout(blocks=2)),
-        "a module's layout": lambda model: setattr(model, "muon_layout", Layout(blocks=2)),
-    }
-    found = {name: threads(1, warned, declare) for name, declare in declarations.items()}
-    (message,) = found.pop("nothing")[0]
-    assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
-    found["overrides"] = threads(1, warned, lambda model: None, {"weight": {"lr": 0.1}})
-    assert all(each == [[]] for each in found.values()), found
-
-
-def in_stripes(rank: int) -> None:
-    """Each rank has every other third of a weight's rows."""
-    mesh = init_device_mesh("cpu", (2,))
-    stripes = [_StridedShard(0, split_factor=3)]
-    own = DTensor.from_local(torch.ones(6, 4), mesh, stripes, run_check=False, shape=torch.Size((12, 4)), stride=(4, 1))
-    with pytest.raises(ValueError, match=r"parameter 0\.0 of shape \(12, 4\) .* leave gaps in a rank's part of dimension 0"):
-        Muon([nn.Parameter(own)])
-    Muon([nn.Parameter(own)], algorithm="adamw")  # which does not mind
-
-
-def test_a_part_with_gaps_is_refused():
-    threads(2, in_stripes)

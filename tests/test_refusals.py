@@ -6,7 +6,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
+from conformance.worlds import threads
 from impl import ChainedOptimizer, Layout, Muon, Section, param_groups
 
 
@@ -54,6 +58,22 @@ def test_a_parameter_of_integers_cannot_be_stepped():
         Muon([torch.ones(2, 3, dtype=torch.int64)])
 
 
+def in_stripes(rank: int) -> str:
+    """What is said of a weight of which each rank has every other third of the rows; AdamW does not mind."""
+    mesh, stripes = init_device_mesh("cpu", (2,)), [_StridedShard(0, split_factor=3)]
+    own = DTensor.from_local(torch.ones(6, 4), mesh, stripes, run_check=False, shape=torch.Size((12, 4)), stride=(4, 1))
+    Muon([nn.Parameter(own)], algorithm="adamw")
+    with pytest.raises(ValueError, match="gaps") as error:
+        Muon([nn.Parameter(own)])
+    return str(error.value)
+
+
+def test_a_part_with_gaps_is_refused():
+    for told in threads(2, in_stripes):
+        assert told.startswith("parameter 0.0 of shape (12, 4) cannot be stepped where it lies")
+        assert told.endswith("leave gaps in a rank's part of dimension 0")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -78,22 +98,12 @@ def test_a_model_that_cannot_be_routed(model, message):
         param_groups(model(), head=())
 
 
-def test_vectors_of_attention_are_adamws():
-    groups = param_groups(nn.MultiheadAttention(8, 2, add_bias_kv=True), head=())
-    of = {name: group["algorithm"] for group in groups for name, _ in group["params"]}
-    assert of["bias_k"] == of["bias_v"] == "adamw" and of["in_proj_weight"] == "muon"
-
-
 def test_a_state_dict_has_a_name_for_every_parameter():
     optimizer = Muon([("w", weight(2, 3)), ("v", weight(3, 2))])
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["param_names"].pop()
     with pytest.raises(ValueError, match="group 0 of the state dict has another number of names than of parameters"):
         optimizer.load_state_dict(saved)
-
-
-def test_sections_are_told_by_their_type():
-    assert Layout.of({"sections": [{"rows": 2}, Section(4)]}) == Layout(sections=(Section(2), Section(4)))
 
 
 BAD = [

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing where modules, names or configs are unusual, and the report to the letter; ROUTE's clauses are in conformance/."""
+"""Routing where modules, names, configs or tensors are unusual, and the report to the letter; see conformance/ for ROUTE."""
 
+import warnings
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from impl import Muon, param_groups
+from conformance.worlds import threads
+from impl import Layout, Muon, param_groups
 from impl.routing import num_experts
 
 
@@ -20,6 +26,12 @@ def routed(model: nn.Module, **options: object) -> dict[str, tuple[str, str]]:
 def test_projections_of_attention_that_are_apart_are_matrices():
     found = routed(nn.MultiheadAttention(8, 2, kdim=6, vdim=4, bias=False))
     assert found == dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"), ("matrix", "muon"))
+
+
+def test_vectors_of_attention_are_adamws():
+    groups = param_groups(nn.MultiheadAttention(8, 2, add_bias_kv=True), head=())
+    of = {name: group["algorithm"] for group in groups for name, _ in group["params"]}
+    assert of["bias_k"] == of["bias_v"] == "adamw" and of["in_proj_weight"] == "muon"
 
 
 def test_a_tied_parameter_is_found_by_each_of_its_names():
@@ -65,6 +77,33 @@ def test_a_config_that_contradicts_itself_is_told_with_its_keys():
     model.config.text_config.num_experts = 8
     with pytest.raises(ValueError, match=r"\{'num_experts': 4, 'text_config.num_experts': 8\}"):
         num_experts(model)
+
+
+def warned(rank: int, declare: Callable[[nn.Linear], None], overrides: Mapping[str, Any] | None = None) -> list[str]:
+    """What routing a layer says that has lost its attributes, if any."""
+    model = nn.Linear(4, 6, bias=False)
+    parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
+    declare(model)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        Muon(param_groups(model, head=(), overrides=overrides))
+    return [str(each.message) for each in found]
+
+
+def test_attributes_that_dtensors_have_lost_are_asked_for():
+    """Unless some are there, of the parameter or of a module."""
+    declarations = {
+        "nothing": lambda model: None,
+        "a tag": lambda model: setattr(model.weight, "use_muon", True),
+        "experts": lambda model: setattr(model.weight, "num_experts", 2),
+        "a layout": lambda model: setattr(model.weight, "muon_layout", Layout(blocks=2)),
+        "a module's layout": lambda model: setattr(model, "muon_layout", Layout(blocks=2)),
+    }
+    found = {name: threads(1, warned, declare) for name, declare in declarations.items()}
+    (message,) = found.pop("nothing")[0]
+    assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
+    found["overrides"] = threads(1, warned, lambda model: None, {"weight": {"lr": 0.1}})
+    assert all(each == [[]] for each in found.values()), found
 
 
 def test_the_report_to_the_letter():

@@ -16,6 +16,7 @@ from conformance.strategies import tensor
 from conformance.worlds import threads
 from impl import ChainedOptimizer, Muon, clip_grad_norm_
 from impl.exchange import Round
+from impl.placement import local
 
 
 def together() -> DeviceMesh:
@@ -23,10 +24,16 @@ def together() -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "rank"))["rank"]
 
 
+def divided(W: Tensor, G: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    """A weight by rows over the mesh, with its gradient."""
+    p = nn.Parameter(spread(W, mesh, [Shard(0)]))
+    p.grad = spread(G, mesh, [Shard(0)])
+    return p
+
+
 def weights_of_zeros(rank: int) -> Tensor:
     """This pair's part of a weight after a step with a gradient of zeros, with Gram matrices that are summed."""
-    p = nn.Parameter(spread(torch.ones(8, 12), together(), [Shard(0)]))
-    p.grad = spread(torch.zeros(8, 12), p.device_mesh, [Shard(0)])
+    p = divided(torch.ones(8, 12), torch.zeros(8, 12), together())
     Muon([p], lr=0.1, weight_decay=0.5, shard_mode="distributed").step()
     return p.detach().to_local()
 
@@ -40,9 +47,7 @@ def norms(rank: int, algorithm: str) -> tuple[float, float]:
     """The norm of all gradients where one weight lies on all ranks and one on a pair, and what it should be."""
     meshes = DeviceMesh("cpu", list(range(4))), together()
     found = tensor((8, 6), 0), tensor((4, 6), 1 + rank // 2)
-    parameters = [nn.Parameter(spread(T, mesh, [Shard(0)])) for T, mesh in zip(found, meshes, strict=True)]
-    for p, G in zip(parameters, found, strict=True):
-        p.grad = spread(G, p.device_mesh, [Shard(0)])
+    parameters = [divided(T, T, mesh) for T, mesh in zip(found, meshes, strict=True)]
     total = clip_grad_norm_(Muon(parameters, algorithm=algorithm), 1e9).total
     return float(total), float(torch.cat(found).double().norm())
 
@@ -100,17 +105,15 @@ def test_what_all_ranks_took_for_exempt_stays_so():
 
 def parts(rank: int | None) -> list[Tensor]:
     """Half of a weight of four blocks of columns, as a rank's part or as a weight of its own."""
-    halves = [tensor((6, 40), seed).chunk(2) for seed in range(2)]
+    W, G = (tensor((6, 40), seed) for seed in range(2))
     if rank is None:
-        made = [(nn.Parameter(W.clone()), G) for W, G in zip(*halves, strict=True)]
+        made = [nn.Parameter(half.clone()) for half in W.chunk(2)]
+        for p, half in zip(made, G.chunk(2), strict=True):
+            p.grad = half
     else:
-        mesh = init_device_mesh("cpu", (2,))
-        W, G = (spread(torch.cat(half), mesh, [Shard(0)]) for half in halves)
-        made = [(nn.Parameter(W), G)]
-    for p, G in made:
-        p.grad = G
-        Muon([p], lr=0.1, layout={"columns": 4}, shard_mode="owned" if rank is None else "blockwise").step()
-    return [p.detach() if rank is None else p.detach().to_local() for p, _ in made]
+        made = [divided(W, G, init_device_mesh("cpu", (2,)))]
+    Muon(made, lr=0.1, layout={"columns": 4}, shard_mode="owned" if rank is None else "blockwise").step()
+    return [local(p.detach()) for p in made]
 
 
 def test_parts_of_blocks_of_columns_step_as_weights_of_their_own():
@@ -121,8 +124,7 @@ def test_parts_of_blocks_of_columns_step_as_weights_of_their_own():
 
 def broken(rank: int) -> dict[str, int]:
     """What a step comes to whose sums of Gram matrices give no number."""
-    p = nn.Parameter(spread(torch.ones(8, 12), together(), [Shard(0)]))
-    p.grad = spread(tensor((8, 12), 0), p.device_mesh, [Shard(0)])
+    p = divided(torch.ones(8, 12), tensor((8, 12), 0), together())
     optimizer = Muon([p], lr=0.1, shard_mode="distributed", process_group=dist.new_group(list(range(4))))
     optimizer.step()
     assert p.detach().to_local().eq(1).all()
@@ -142,8 +144,7 @@ def test_a_divided_orthogonalization_that_fails_stops_all_of_the_process_group(m
 
 def decided(rank: int) -> Tensor:
     """A step that is decided by the ranks of a weight's own mesh, as a process group that was made apart."""
-    p = nn.Parameter(spread(torch.ones(8, 12), init_device_mesh("cpu", (2,)), [Shard(0)]))
-    p.grad = spread(tensor((8, 12), 0), p.device_mesh, [Shard(0)])
+    p = divided(torch.ones(8, 12), tensor((8, 12), 0), init_device_mesh("cpu", (2,)))
     Muon([p], lr=0.1, process_group=dist.new_group([0, 1])).step()
     return p.detach().to_local()
 
