@@ -4,6 +4,10 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 
+# Byte code is kept, also where the environment says otherwise: without it, each of the suite's processes spends seconds
+# compiling torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test check mutants coverage gpu clean
 
 train: .venv/installed
