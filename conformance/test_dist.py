@@ -90,6 +90,7 @@ def test_a_mesh_of_another_order_has_the_bits_of_one_process(target: Target, dev
 
 @pytest.mark.clause("DIST-2", "DIST-4", "SCALE-3")
 @example(MESHES["3 by rows"], list(FUSED), "owned", torch.float32, 0.9, False, 0)
+@example(MESHES["2 by columns"], ["gate and up of every expert"], "owned", torch.float32, 0.9, False, 0)
 @given(
     mesh=meshes,
     kinds=st.lists(st.sampled_from(list(FUSED)), min_size=1, max_size=3),

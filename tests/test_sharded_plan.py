@@ -148,6 +148,22 @@ def test_what_changes_between_steps(device, monkeypatch):
         accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
 
 
+def beside(rank: int, device: str) -> Outcome:
+    """A step of CHANGING, whose first matrix no kernel steps."""
+    parameters, optimizer = begin(Target(), CHANGING, device)
+    optimizer.param_groups[0]["shard_mode"] = "distributed"
+    take(CHANGING, rank, 0, parameters, optimizer)
+    return outcome(Target(), parameters, optimizer, [])
+
+
+def test_kernels_beside_matrices_that_they_do_not_step(device, monkeypatch):
+    monkeypatch.setattr(impl.batches, "usable", lambda device: True)
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    one, here = alone(Target(), replace(CHANGING, steps=1), device), threads(1, beside, device.type)
+    for key in ("w1", "w1.momentum_buffer"):
+        accept.same_bits(actual=assemble(here, key, one.parts[key][0].shape), expected=one.parts[key][0])
+
+
 def dumped(rank: int, device: str, path: Path) -> None:
     parameters, optimizer = begin(Target(), CHANGING, device)
     optimizer.guard.dump = path
