@@ -90,7 +90,7 @@ def test_a_mesh_of_another_order_has_the_bits_of_one_process(target: Target, dev
 
 @pytest.mark.clause("DIST-2", "DIST-4", "SCALE-3")
 @example(MESHES["3 by rows"], list(FUSED), "owned", torch.float32, 0.9, False, 0)
-@example(MESHES["2 by columns"], ["gate and up of every expert"], "owned", torch.float32, 0.9, False, 0)
+@example(MESHES["2 by columns"], ["gate and up of every expert", "grouped convolution"], "owned", torch.float32, 0.9, False, 0)
 @given(
     mesh=meshes,
     kinds=st.lists(st.sampled_from(list(FUSED)), min_size=1, max_size=3),
@@ -104,6 +104,14 @@ def test_layouts_have_the_bits_of_one_process(target: Target, device, mesh, kind
     hyper = replace(HYPER, shard_mode=mode, normuon_beta2=normuon_beta2, maximize=maximize)
     weights = tuple(Weight(*FUSED[kind]) for kind in kinds)
     accept_as_alone(target, device, Case(*mesh, weights, hyper, dtype, seed), bits=True)
+
+
+@pytest.mark.clause("DIST-1")
+@pytest.mark.parametrize("mesh", ["3 by rows", "2 by columns"])
+def test_layouts_in_parts_step_as_the_reference(target: Target, device, mesh):
+    """No matrix is whole anywhere; interleaved sections are several runs of rows on each rank."""
+    weights = tuple(Weight(*case) for case in FUSED.values())
+    accept_as_alone(target, device, Case(*MESHES[mesh], weights, replace(HYPER, shard_mode="distributed")), bits=False)
 
 
 @pytest.mark.clause("DIST-2", "DIST-4")

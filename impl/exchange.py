@@ -184,21 +184,20 @@ class Round:
         across = {job.number: job.held.cut_rows(job.matrix) for job in self.jobs}
         pieces: dict[int, list[Tensor]] = {job.number: [] for job in self.jobs}
         for block in self.got.blocks:
-            X, number = block.entries(got), block.job.number
-            pieces[number].append(X.mT if across[number] else X)
-        lengths = [job.matrix.columns if across[job.number] else job.matrix.rows for job in self.jobs]
-        parts = [
-            torch.cat([got.new_empty(k, 0), *pieces[job.number]], dim=1) for job, k in zip(self.jobs, lengths, strict=True)
-        ]
+            pieces[block.job.number].append(block.entries(got))
+        parts = []
+        for job in self.jobs:
+            nothing = (0, job.matrix.columns) if across[job.number] else (job.matrix.rows, 0)
+            X = torch.cat(pieces[job.number] or [got.new_empty(nothing)])
+            parts.append(X.mT if across[job.number] else X)
         counted = [job.held.first(self.me) for job in self.jobs]
         done = orthogonalize_parts(parts, counted, self.key.schedule, self.key.eps, self.group)
         apart = {
-            job.number: iter(O.split([X.shape[1] for X in pieces[job.number]], dim=1))
+            job.number: iter((O.mT if across[job.number] else O).split([len(X) for X in pieces[job.number]]))
             for job, O in zip(self.jobs, done, strict=True)
             if pieces[job.number]
         }
-        found = [(block.job.number, next(apart[block.job.number])) for block in self.got.blocks]
-        return [O.mT if across[number] else O for number, O in found]
+        return [next(apart[block.job.number]) for block in self.got.blocks]
 
 
 def rounds(found: Sequence[tuple[int, Matrix, Boxes, Key]], group: dist.ProcessGroup) -> list[Round]:

@@ -116,10 +116,10 @@ class Boxes:
 
     def cut_rows(self, matrix: Matrix) -> bool:
         """Whether ranks hold some of a matrix's rows, whole; ValueError unless it is that or some of its columns."""
-        rects = [rect for _, rect in self.all(matrix)]
-        if all(rect.rows == matrix.rows for rect in rects):
+        held = [self.of(matrix, rank) for rank in self.holders(matrix)]
+        if all(sum(rect.rows for rect in rects) == matrix.rows for rects in held):
             return False
-        if any(rect.columns < matrix.columns for rect in rects):
+        if any(rect.columns < matrix.columns for rects in held for rect in rects):
             raise ValueError(f"shard_mode='distributed' needs matrices cut in one dimension, found {matrix.size} cut in two")
         return True
 
