@@ -17,6 +17,7 @@ import impl.parts
 from conformance.ranks import where
 from conformance.worlds import Log
 from impl import Layout, Muon
+from impl.options import SHARD_MODES
 
 WORLD = 1024
 LLAMA = (*2 * ((4096, 4096),), *2 * ((1024, 4096),), *2 * ((14336, 4096),), (4096, 14336))  # a layer of Llama 3 8B
@@ -78,8 +79,15 @@ def test_a_rank_sends_its_own_parts_and_one_byte(mesh):
     assert found == [("allreduce", 4 * 3), ("all_to_all", 4 * 3 * 8 * 16), ("all_to_all", 4 * 8 * WORLD * 16), ("allreduce", 1)]
 
 
-def test_experts_that_lie_whole_do_not_travel(mesh):
-    found = collectives(mesh, [(2 * WORLD, 8, 16)] * 2, layout=Layout(blocks=2 * WORLD))
+def test_what_stays_in_its_parts_does_not_travel(mesh):
+    """A number for each matrix, and a Gram matrix of each for every quintic, are summed."""
+    found = collectives(mesh, [(8 * WORLD, 16)] * 3, shard_mode="distributed")
+    assert found == [("allreduce", 4 * size) for size in (3, 3, *[3 * 16 * 16] * 5)] + [("allreduce", 1)]
+
+
+@pytest.mark.parametrize("mode", SHARD_MODES)
+def test_experts_that_lie_whole_do_not_travel(mesh, mode):
+    found = collectives(mesh, [(2 * WORLD, 8, 16)] * 2, layout=Layout(blocks=2 * WORLD), shard_mode=mode)
     assert [size for _, size in found] == [4 * 2, 1]
 
 

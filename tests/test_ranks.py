@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters on several ranks where options change, a round is not enough, or a rank's part lies across: one process's bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ import impl.exchange
 import impl.parts
 from conformance import accept
 from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, begin, construct, outcome, take, weight
+from conformance.strategies import HYPER
 from conformance.targets.impl import Target
 from conformance.worlds import threads
 from impl.placement import assign
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
-# What the first group is told before each step.
+# What the first group is told before each step, and the last one of the same learning rate.
 NEWS = (
-    {"lr": 0.1, "weight_decay": 0.5},
+    {"lr": 0.1, "weight_decay": 0.5, "normuon_beta2": 0.5},
     {"momentum": 0.3, "maximize": True},
     {"eps": 100.0},
     {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
@@ -36,16 +38,24 @@ def told(rank: int, case: Case, device: str, alone: bool = False) -> Outcome:
         parameters, optimizer = begin(Target(), case, device)
     for step, news in enumerate(NEWS):
         optimizer.param_groups[0].update(news)
-        take(case, rank, step, parameters, optimizer)
+        optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"]
+        optimizer.grad_scale = torch.tensor(2.0**step, device=device)
+        take(case, rank, step, parameters, optimizer, 2.0**step * 1.5)
     return outcome(Target(), parameters, optimizer, [])
 
 
 @pytest.mark.parametrize("placement", ["S0", "R"])
 def test_options_that_change_between_steps(device, placement):
-    case = Case((2,), (placement,), WEIGHTS)
+    case = Case((2,), (placement,), WEIGHTS, replace(HYPER, normuon_beta2=0.9, adamw_lr_ratio=0.3))
     found, one = threads(2, told, case, device.type), told(0, case, device.type, alone=True)
     for name, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
+
+
+def test_a_step_that_is_always_taken(device):
+    missing = frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1)])
+    case = Case((2,), ("S0",), WEIGHTS, replace(HYPER, skip_nonfinite=False), missing=missing)
+    accept_as_alone(Target(), device, case, bits=True)
 
 
 @pytest.mark.parametrize("entries", [1, 96, 200, 288])
@@ -112,3 +122,10 @@ def test_a_dump_has_every_culprit_also_without_a_gradient(device, tmp_path):
         assert [("gradient" in found[f"w{i}"], found[f"w{i}"]["momentum_buffer"].shape) for i in range(2)] == [
             (rank == 1, (2, 6)), (rank == 0, (2, 6))
         ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+def test_owners_dump_what_they_could_not_orthogonalize(device, tmp_path):
+    with Target().orthogonalizing(float("nan")):
+        threads(2, dumped, Case((2,), ("S0",), WEIGHTS), device.type, tmp_path / "dump")
+    assert sorted(name for path in tmp_path.iterdir() for name in torch.load(path, weights_only=True)) == ["w0", "w1"]

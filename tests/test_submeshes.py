@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 
-from conformance import accept
 from conformance.ranks import spread
 from conformance.strategies import tensor
 from conformance.worlds import threads
 from impl import ChainedOptimizer, Muon, clip_grad_norm_
 from impl.exchange import Round
-from impl.placement import local
 
 
 def together() -> DeviceMesh:
@@ -57,6 +55,21 @@ def test_a_norm_counts_weights_on_the_ranks_that_they_are_on(algorithm):
     """Also where all are exempt, and nothing is clipped by it."""
     for found, right in threads(4, norms, algorithm):
         assert found == pytest.approx(right, rel=1e-6)
+
+
+def chained_parts(rank: int) -> tuple[float, Tensor]:
+    """The norm by which a chain clips a weight of AdamW, before one of Muon, on two ranks, and what is left of its gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    p, q = (divided(tensor((8, 6), seed), tensor((8, 6), 10 + seed), mesh) for seed in range(2))
+    chain = ChainedOptimizer([Muon([{"params": [p], "algorithm": "adamw"}, {"params": [q]}])], clip_grad=0.5)
+    chain.step()
+    return float(chain.norms.clipped), p.grad.to_local()
+
+
+def test_a_chain_measures_weights_on_the_ranks_that_they_are_on():
+    found, G = threads(2, chained_parts), tensor((8, 6), 10)
+    assert [norm for norm, _ in found] == [pytest.approx(float(G.norm()))] * 2
+    torch.testing.assert_close(torch.cat([part for _, part in found]), G * 0.5 / G.norm())
 
 
 def weight(algorithm: str, seed: int) -> nn.Parameter:
@@ -101,25 +114,6 @@ def late(rank: int) -> tuple[int, str]:
 def test_what_all_ranks_took_for_exempt_stays_so():
     for silent, told in threads(2, late):
         assert silent == 1 and "build it again" in told
-
-
-def parts(rank: int | None) -> list[Tensor]:
-    """Half of a weight of four blocks of columns, as a rank's part or as a weight of its own."""
-    W, G = (tensor((6, 40), seed) for seed in range(2))
-    if rank is None:
-        made = [nn.Parameter(half.clone()) for half in W.chunk(2)]
-        for p, half in zip(made, G.chunk(2), strict=True):
-            p.grad = half
-    else:
-        made = [divided(W, G, init_device_mesh("cpu", (2,)))]
-    Muon(made, lr=0.1, layout={"columns": 4}, shard_mode="owned" if rank is None else "blockwise").step()
-    return [local(p.detach()) for p in made]
-
-
-def test_parts_of_blocks_of_columns_step_as_weights_of_their_own():
-    found, right = threads(2, parts), parts(None)
-    for (actual,), expected in zip(found, right, strict=True):
-        accept.same_bits(actual=actual, expected=expected)
 
 
 def broken(rank: int) -> dict[str, int]:

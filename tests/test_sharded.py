@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step of weights that lie on ranks in different ways: what one process makes of them, and what is left behind."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+import impl.skip
+from conformance import accept
+from conformance.ranks import Outcome, assemble, outcome, spread
+from conformance.strategies import MIXED, tensor
+from conformance.targets.impl import Target
+from conformance.worlds import threads
+from impl import Muon
+
+Make = Callable[[bool], Sequence[nn.Parameter]]  # a rank's weights, or those of one process
+
+
+def weight(
+    seed: int, mesh: DeviceMesh | None, *placements: Placement, shape: tuple[int, ...] = (8, 12), dtype: Any = torch.float32
+) -> nn.Parameter:
+    """One with its gradient: a rank's part, or without a mesh the whole."""
+    W, G = (tensor(shape, each, dtype) for each in (seed, 100 + seed))
+    p = nn.Parameter(W if mesh is None else spread(W, mesh, list(placements)))
+    p.grad = G if mesh is None else spread(G, mesh, list(placements))
+    return p
+
+
+def line(ranks: int, divided: bool = True) -> DeviceMesh | None:
+    return DeviceMesh("cpu", list(range(ranks))) if divided else None
+
+
+def pairs(divided: bool = True) -> DeviceMesh | None:
+    """Ranks 0 and 1, or 2 and 3."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "rank"))["rank"] if divided else None
+
+
+def step(divided: bool, make: Make, options: dict[str, Any]) -> Outcome:
+    parameters = make(divided)
+    optimizer = Muon(parameters, lr=0.1, **options)
+    optimizer.step()
+    return outcome(Target(), list(parameters), optimizer, [])
+
+
+def accept_one_process(size: int, make: Make, **options: Any) -> None:
+    """Weights and states of all ranks are those of one process: to the bit, unless Gram matrices are summed."""
+    __tracebackhide__ = True
+    found, one = threads(size, lambda rank: step(True, make, options)), step(False, make, options)
+    for name, (T, _) in one.parts.items():
+        whole = assemble(found, name, T.shape)
+        if options.get("shard_mode") == "distributed" and "." not in name:
+            before = make(False)[int(name[1:])].detach()
+            accept.step(before=before, actual=whole, expected=T, precision=torch.float32)
+        else:
+            accept.same_bits(actual=whole, expected=T)
+    assert all(each.parts.keys() == one.parts.keys() for each in found)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_weights_of_several_dtypes(algorithm):
+    dtypes = (torch.float32, torch.float64)
+    accept_one_process(
+        2, lambda divided: [weight(i, line(2, divided), Shard(0), dtype=dtypes[i]) for i in (0, 1)], algorithm=algorithm
+    )
+
+
+def test_a_frozen_weight_takes_no_part():
+    def make(divided: bool) -> list[nn.Parameter]:
+        p, frozen = (weight(seed, line(2, divided), Shard(0)) for seed in range(2))
+        frozen.grad = frozen.requires_grad_(False).grad = None
+        return [p, frozen]
+
+    accept_one_process(2, make)
+
+
+def test_weights_on_a_mesh_each():
+    """Also where the first one's ranks are some of the second one's, with which they decide."""
+    accept_one_process(4, lambda divided: [weight(0, pairs(divided), Shard(0)), weight(1, line(4, divided), Shard(0))])
+
+
+def test_a_mesh_of_two_dimensions_over_some_of_the_ranks():
+    def make(divided: bool) -> list[nn.Parameter]:
+        names = ("stage", "copy", "row")
+        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)["copy", "row"] if divided else None
+        return [weight(0, mesh, Replicate(), Shard(0))]
+
+    accept_one_process(4, make)
+
+
+def test_sections_for_adamw_on_every_pair():
+    shape, layout = MIXED["gated delta net"]
+    accept_one_process(4, lambda divided: [weight(0, pairs(divided), Shard(0), shape=shape)], layout=layout)
+
+
+@pytest.mark.parametrize("mode", ["owned", "duplicated", "distributed"])
+def test_weights_of_one_shape_and_several_placements(mode):
+    places = ((Replicate(), Shard(0)), (Shard(0), Replicate()), (Replicate(), Shard(1)))
+
+    def make(divided: bool) -> list[nn.Parameter]:
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2)) if divided else None
+        return [weight(i, mesh, *place) for i, place in enumerate(places)]
+
+    accept_one_process(4, make, shard_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "layout", "of_half"),
+    [
+        ((6, 40), 0, {"columns": 4}, {"columns": 4}),
+        ((4, 6, 10), 0, {"blocks": 4}, {"blocks": 2}),
+        ((4, 6, 10), 1, {"blocks": 4}, {"blocks": 4}),
+        ((4, 6, 10), 2, {"blocks": 4}, {"blocks": 4}),
+    ],
+)
+def test_blockwise_parts_step_as_weights_of_their_own(shape, dim, layout, of_half):
+    def part(rank: int) -> torch.Tensor:
+        p = weight(0, line(2), Shard(dim), shape=shape)
+        Muon([p], lr=0.1, layout=layout, shard_mode="blockwise").step()
+        return p.detach().to_local()
+
+    whole = weight(0, None, shape=shape)
+    for actual, W, G in zip(threads(2, part), whole.detach().chunk(2, dim), whole.grad.chunk(2, dim), strict=True):
+        p = nn.Parameter(W.contiguous())
+        p.grad = G
+        Muon([p], lr=0.1, layout=of_half).step()
+        accept.same_bits(actual=actual, expected=p.detach())
+
+
+def test_a_part_that_lies_across_may_have_no_gradient():
+    def part(rank: int) -> torch.Tensor:
+        own = tensor((2, 6, 10), rank)
+        p = nn.Parameter(DTensor.from_local(own.clone().mT, line(2), [Shard(0)], run_check=False))
+        p.grad = DTensor.from_local(tensor((2, 10, 6), 2), line(2), [Shard(0)], run_check=False) if rank == 0 else None
+        Muon([p], lr=0.1, weight_decay=0.0, layout={"blocks": 4}).step()
+        return (p.detach().to_local() != own.mT).any((1, 2))
+
+    assert [moved.tolist() for moved in threads(2, part)] == [[True, True], [False, False]]
+
+
+def test_a_step_keeps_no_gradient():
+    def freed(rank: int) -> bool:
+        p = weight(0, line(2), Shard(0))
+        optimizer, kept = Muon([p]), weakref.ref(p.grad._local_tensor)
+        optimizer.step()
+        optimizer.zero_grad()
+        return kept() is None
+
+    assert threads(2, freed) == [True, True]
+
+
+def test_a_tall_matrix_is_as_much_work_as_a_wide_one():
+    def owned(rank: int) -> int:
+        optimizer = Muon([weight(i, line(2), Shard(0), shape=shape) for i, shape in enumerate([(64, 4), *[(4, 64)] * 3])])
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        return sum(len(each.mine) for each in sharded.parts.rounds)
+
+    assert threads(2, owned) == [2, 2]
+
+
+def test_an_owner_gets_the_parts_of_its_own_replica():
+    def sent(rank: int) -> list[bool]:
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+        optimizer = Muon([weight(i, mesh, Replicate(), Shard(0)) for i in range(4)])
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        return [size > 0 for size in sharded.parts.rounds[0].sent.sizes]
+
+    assert threads(4, sent) == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
+
+
+def test_the_first_rank_of_every_pair_warns(monkeypatch):
+    heard: list[int] = []
+    monkeypatch.setattr(impl.skip.warnings, "warn", lambda text, *_, **__: heard.append(dist.get_rank()))
+
+    def unheard(rank: int) -> None:
+        p = weight(0, pairs(), Shard(0))
+        p.grad.to_local().fill_(float("nan"))
+        optimizer = Muon([p])
+        optimizer.step()
+        optimizer.state_dict()
+
+    threads(4, unheard)
+    assert sorted(heard) == [0, 2]
