@@ -4,12 +4,16 @@
 import copy
 import inspect
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import reference
+from conformance import accept
+from conformance.strategies import tensor
 from impl import Layout, Muon, Section, clip_grad_norm_, orthogonalize, param_groups
 from impl import schedules as ours
 from impl.layout import cut, matrices
@@ -238,17 +242,48 @@ def test_a_parameter_given_twice_is_refused():
         Muon([p, p])
 
 
-def test_a_parameter_that_changed_its_dtype_is_refused_before_anything_moves():
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("other", [torch.ones(4, 6).double(), torch.ones(4, 8)], ids=["dtype", "shape"])
+def test_a_parameter_that_changed_is_refused_before_anything_moves(algorithm, other):
     first, second = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
-    optimizer = Muon([first, second])
+    optimizer = Muon([first, second], algorithm=algorithm)
     first.grad, second.grad = torch.ones(4, 6), torch.ones(4, 6)
     optimizer.step()
-    second.data, second.grad = second.data.double(), None
-    second.grad = torch.ones(4, 6, dtype=torch.float64)
-    before = first.detach().clone()
-    with pytest.raises(RuntimeError, match="float64"):
+    second.data, second.grad = other.clone(), None
+    second.grad, before = other.clone(), first.detach().clone()
+    with pytest.raises(RuntimeError, match=f"{other.dtype} {re.escape(str(tuple(other.shape)))}".replace("torch.", "")):
         optimizer.step()
     assert torch.equal(first, before)
+
+
+def test_epsilon_is_in_the_unit_of_every_matrix_of_a_batch():
+    batch = torch.stack([tensor((4, 6), i) * 2.0**k for i, k in enumerate((0, 20, -20))])
+    for X, O in zip(batch, orthogonalize(batch, "jordan", 5, eps=1.0), strict=True):
+        accept.same_bits(actual=O, expected=orthogonalize(X, "jordan", 5, eps=1.0))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])
+def test_a_learning_rate_may_be_a_number_of_numpys(kind):
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = Muon([p])
+    optimizer.param_groups[0]["lr"] = kind(1)
+    optimizer.step()
+    assert (p != 1).all()
+
+
+def test_a_rank_may_have_no_experts():
+    p = nn.Parameter(torch.ones(0, 4, 6))
+    p.grad = torch.ones(0, 4, 6)
+    Muon([p], layout=Layout(blocks=1)).step()
+    assert p.shape == (0, 4, 6)
+
+
+def test_jordans_steps_are_up_to_99():
+    weight = nn.Parameter(torch.ones(2, 3))
+    assert Muon([weight], ns_coefficients="jordan", ns_steps=99).defaults["ns_steps"] == 99
+    with pytest.raises(ValueError, match="100"):
+        Muon([weight], ns_coefficients="jordan", ns_steps=100)
 
 
 def test_overrides_options_reach_the_group():

@@ -209,10 +209,18 @@ def test_a_parameter_without_state_begins_anew():
 
 
 def test_a_sum_becomes_an_average_by_the_momentum_of_its_group():
-    p = nn.Parameter(torch.ones(2, 3))
-    optimizer = Muon([{"params": [p], "momentum": 0.5}], momentum=0.9)
-    import_state(optimizer, {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}}, [p], "moonlight")
-    assert optimizer.state[p]["momentum_buffer"].eq(0.5).all()
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    optimizer = Muon([{"params": [p], "momentum": beta} for p, beta in zip(params, (0.5, 0.75), strict=True)], momentum=0.9)
+    import_state(optimizer, {"state": {i: {"momentum_buffer": torch.ones(2, 3)} for i in range(2)}}, params, "moonlight")
+    assert [optimizer.state[p]["momentum_buffer"].unique().tolist() for p in params] == [[0.5], [0.25]]
+
+
+def test_frozen_parameters_keep_what_they_have_and_get_nothing_else():
+    params = [nn.Parameter(torch.ones(2, 3), requires_grad=i == 2) for i in range(3)]
+    optimizer = Muon(params)
+    import_state(optimizer, {"state": {i: {"momentum_buffer": torch.full((2, 3), float(i))} for i in (1, 2)}}, params, "keller")
+    assert [i for i, p in enumerate(params) if optimizer.state.get(p)] == [1, 2]
+    assert [optimizer.state[p]["momentum_buffer"].unique().tolist() for p in params[1:]] == [[1], [2]]
 
 
 def test_a_narrow_sum_is_widened_before_it_becomes_an_average():

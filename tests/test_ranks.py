@@ -21,8 +21,8 @@ from impl.placement import assign
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
 # What the first group is told before each step, and the last one of the same learning rate.
 NEWS = (
-    {"lr": 0.1, "weight_decay": 0.5, "normuon_beta2": 0.5},
-    {"momentum": 0.3, "maximize": True},
+    {"lr": 0.1, "weight_decay": 0.5},
+    {"momentum": 0.3, "maximize": True, "normuon_beta2": 0.5},
     {"eps": 100.0},
     {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
     {"ns_steps": 4, "shard_mode": "duplicated"},

@@ -117,6 +117,18 @@ BAD = [
     ({"ns_coefficients": (1.5, float("inf"), 0.0)}, "Coefficients must be finite numbers, found"),
     ({"ns_coefficients": (1.5, "a", 0.0)}, "Coefficients must be finite numbers, found"),
     ({"ns_coefficients": [(1.5, -0.5, 0.0)]}, "1 quintics but ns_steps is 5; say ns_steps=1"),
+    ({"ns_coefficients": [(1.5, -0.5, 0.0)] * 4, "ns_steps": 2}, "4 quintics but ns_steps is 2; say ns_steps=4"),
+    ({"ns_coefficients": [(1.5, -0.5, 0.0), (0.6, 0.5, 0.0)], "ns_steps": 2}, "shrinks? small singular values"),
+    ({"ns_coefficients": (1.0, -0.2, 0.0), "ns_steps": 1}, "shrinks? large singular values"),  # 1/2 to 0.475, 0.6 to 0.56
+    ({"ns_coefficients": (1.5, -1.05, 0.0), "ns_steps": 1}, "shrinks? large singular values"),  # 1 to 0.45
+    ({"ns_coefficients": "polar_express", "ns_steps": 4}, "polar_express"),
+    ({"ns_coefficients": "polar_express_s4", "ns_steps": 7}, "polar_express_s4"),
+    ({"ns_coefficients": "jordan", "ns_steps": True}, "ns_steps should be an integer >= 1 but is: True"),
+    *[
+        ({"adamw_betas": betas}, "adamw_betas should be two numbers in ")
+        for betas in [(-0.1, 0.95), (0.9, -0.1), (1.0, 0.95), (0.9, float("nan")), (0.9, 0.95, 0.99), ("0.9", 0.95), 0.9]
+    ],
+    ({"layout": Layout(sections=(Section(4), Section(4)))}, "4.*8"),
     ({"layout": Layout(sections=(Section(0), Section(4)))}, "rows of a section should be an integer >= 1 but is 0"),
     ({"layout": Layout(sections=(Section(5), Section(-1)))}, "rows of a section should be an integer >= 1 but is -1"),
     ({"layout": Layout(sections=(Section(4, head_dim=0),))}, "head_dim should be an integer >= 1 but is 0"),
@@ -144,3 +156,18 @@ def test_a_checkpoint_may_not_combine_what_the_constructor_refuses_together():
     ):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["shard_mode"] == "owned"
+
+
+def test_a_vector_cannot_be_flattened_to_a_matrix():
+    with pytest.raises(ValueError, match="two dimensions"):
+        Muon([weight(12)], layout=Layout(flatten=True))
+
+
+def test_an_exemption_from_clipping_is_a_flag():
+    with pytest.raises(ValueError, match="skip_grad_norm_clip should be True or False but is: 'no'"):
+        Muon([{"params": [weight(3)], "algorithm": "adamw", "skip_grad_norm_clip": "no"}])
+
+
+def test_sections_are_not_numbers():
+    with pytest.raises(ValueError, match=r"sections should be Section\(rows, algorithm in .*, found 2"):
+        Muon([weight(4, 6)], layout=Layout(sections=(2, 2)))

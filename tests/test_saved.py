@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from conformance import accept
 from impl import Layout, Muon
 
 
@@ -99,3 +100,27 @@ def test_what_is_no_state_is_told_by_its_type_and_groups_by_their_sizes():
         Muon([weight(2, 3)]).load_state_dict(saved)
     with pytest.raises(ValueError, match="group 0 of the state dict has 1 parameters but the optimizer's has 2"):
         Muon([weight(2, 3), weight(2, 3)]).load_state_dict(saved)
+
+
+def test_a_state_of_half_precision_is_widened():
+    """As torch.optim.Muon makes it for such a weight."""
+    p, q = (nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16)) for _ in range(2))
+    theirs, ours = torch.optim.Muon([p]), Muon([q])
+    p.grad = torch.full_like(p, 0.3)
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    accept.same_bits(actual=ours.state[q]["momentum_buffer"], expected=theirs.state[p]["momentum_buffer"].float())
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (float("nan"), r"state 'step' of parameter 0\.0 should be a count >= 0 but is: nan"),
+        (1j, "the state dict is not that of an optimizer"),
+    ],
+)
+def test_a_count_of_steps_is_a_count(count, message):
+    saved = stepped(weight(3), algorithm="adamw").state_dict()
+    saved["state"][0]["step"] = torch.tensor(count)
+    with pytest.raises(ValueError, match=message):
+        Muon([weight(3)], algorithm="adamw").load_state_dict(saved)

@@ -71,6 +71,19 @@ def test_weights_of_several_dtypes(algorithm):
     )
 
 
+def test_parts_of_any_magnitude():
+    """Also where an epsilon is above the norm, and zeros."""
+
+    def make(divided: bool) -> list[nn.Parameter]:
+        made = [weight(i, line(2, divided), Shard(1)) for i in range(4)]
+        for p, factor in zip(made, (1.0, 2.0**20, 2.0**-20, 0.0), strict=True):
+            p.grad *= factor
+        return made
+
+    for eps in (0.0, 1.0):
+        accept_one_process(2, make, shard_mode="distributed", eps=eps)
+
+
 def test_a_frozen_weight_takes_no_part():
     def make(divided: bool) -> list[nn.Parameter]:
         p, frozen = (weight(seed, line(2, divided), Shard(0)) for seed in range(2))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from impl import ChainedOptimizer, Layout, Muon, Section, skip
+from impl import ChainedOptimizer, Layout, Muon, Section, skip, stages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
 NAN = float("nan")
@@ -88,6 +88,22 @@ def test_the_dump_holds_the_first_failure_and_its_culprits_only(tmp_path):
     assert torch.equal(dump["bad"]["momentum_buffer"], before)
 
 
+def test_the_dump_holds_what_orthogonalization_spoilt(tmp_path, monkeypatch):
+    healthy = stages.orthogonalize
+    monkeypatch.setattr(stages, "orthogonalize", lambda X, *plan: healthy(X, *plan) * (NAN if X.shape[-1] == 3 else 1))
+    named = [("good", nn.Parameter(torch.ones(2, 2))), ("bad", nn.Parameter(torch.ones(2, 3)))]
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    Muon(named, dump_nonfinite=tmp_path / "dump.pt").step()
+    assert list(torch.load(tmp_path / "dump.pt", weights_only=True)) == ["bad"]
+
+
+def test_the_dump_names_culprits_by_group_and_place(tmp_path):
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3))]} for _ in range(2)]
+    one_step(Muon(groups, dump_nonfinite=tmp_path / "dump.pt"), torch.full((2, 3), NAN))
+    assert list(torch.load(tmp_path / "dump.pt", weights_only=True)) == ["0.0", "1.0"]
+
+
 def test_the_dump_holds_gradients_as_they_are_descended(tmp_path):
     """Without the loss scale, so that they are in the unit of the momentum beside them."""
     p = nn.Parameter(torch.ones(2, 3))
@@ -161,12 +177,15 @@ def test_muon_declares_what_it_exempts_from_clipping():
     assert [group["skip_grad_norm_clip"] for group in optimizer.param_groups] == [True, False, False, False]
 
 
-def test_options_that_would_need_other_state_are_refused_in_the_step():
-    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+@pytest.mark.parametrize(("before", "after"), [(None, 0.95), (0.95, None)])
+def test_options_that_would_need_other_state_are_refused_in_the_step(before, after):
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = Muon([p], normuon_beta2=before)
     one_step(optimizer, torch.ones(2, 3))
-    optimizer.param_groups[0]["normuon_beta2"] = 0.95
+    optimizer.param_groups[0]["normuon_beta2"], W = after, p.detach().clone()
     with pytest.raises(RuntimeError, match="variance_buffer"):
         one_step(optimizer, torch.ones(2, 3))
+    assert torch.equal(p, W)
 
 
 def test_a_dump_that_cannot_be_written_does_not_stop_the_training(tmp_path):

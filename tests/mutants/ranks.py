@@ -280,8 +280,8 @@ MUTANTS = (
     Mutant(
         name="a matrix cut in two dimensions accepted",
         path="impl/placement.py",
-        old="if any(rect.columns < matrix.columns for rect in rects):",
-        new="if all(rect.columns < matrix.columns for rect in rects) and not rects:",
+        old="if any(rect.columns < matrix.columns for rects in held for rect in rects):",
+        new="if not held:",
         source="ours: the Gram matrix of a quarter is none of the whole's",
         clauses=("DIST-10",),
     ),
