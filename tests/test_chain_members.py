@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from impl import ChainedOptimizer, Muon, clip_grad_norm_
+from impl.norms import leaves
 
 INF = float("inf")
 
@@ -154,3 +155,95 @@ def test_a_count_that_was_read_stays_as_it_was():
     before = chain.skipped
     chain.step()
     assert (int(before), int(chain.skipped)) == (0, 1)
+
+
+def test_a_chain_inside_that_cannot_be_told_is_not_stepped():
+    ps = [weight(1e6), weight(1e6)]
+    inner = ChainedOptimizer([Muon(ps[:1]), torch.optim.SGD(ps[1:], lr=0.1)])
+    chain = ChainedOptimizer([inner], grad_norm_skip_threshold=1.0)
+    chain.step()
+    assert int(chain.skipped) == 1 and not any(p.any() for p in ps)
+
+
+def test_a_closure_may_make_the_gradients():
+    p = weight(0.0)
+
+    def closure() -> torch.Tensor:
+        loss = (p - 1).square().sum()
+        loss.backward()
+        return loss
+
+    assert float(ChainedOptimizer([Muon([p])]).step(closure).detach()) == 24 and p.ne(0).all()
+
+
+def test_the_next_step_tells_of_one_above_the_threshold():
+    chain = ChainedOptimizer([torch.optim.SGD([weight(INF)])], grad_norm_skip_threshold=1.0)
+    chain.step()
+    with pytest.warns(RuntimeWarning, match="ChainedOptimizer has skipped 1 step:"):
+        chain.step()
+
+
+@pytest.mark.filterwarnings("ignore:ChainedOptimizer has skipped:RuntimeWarning")
+@pytest.mark.parametrize(("size", "skipped"), [(0.0, 0), (1e-30, 1)])
+def test_a_threshold_may_be_zero(size, skipped):
+    chain = ChainedOptimizer([torch.optim.SGD([weight(size)])], grad_norm_skip_threshold=0.0)
+    chain.step()
+    assert int(chain.skipped) == skipped
+
+
+def test_all_members_before_the_one_that_refuses_go_back():
+    members = [torch.optim.SGD([weight(1.0)], lr=0.1) for _ in range(3)]
+    chain = ChainedOptimizer(members)
+    saved = chain.state_dict()
+    for part in saved["optimizers"]:
+        part["param_groups"][0]["lr"] = 0.7
+    saved["optimizers"][2]["param_groups"] = []
+    with pytest.raises(ValueError, match="parameter group"):
+        chain.load_state_dict(saved)
+    assert [member.param_groups[0]["lr"] for member in members] == [0.1] * 3
+
+
+def test_groups_of_others_may_have_algorithms_too():
+    p = weight(1.0)
+    assert clip_grad_norm_(torch.optim.SGD([{"params": [p], "algorithm": "adamw"}]), 0.5).threshold == pytest.approx(24**0.5)
+    assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
+
+
+def test_a_wrapper_may_show_the_groups_of_its_optimizer():
+    exempt = torch.optim.SGD([weight(1.0)])
+    exempt.skip_grad_norm_clip = True
+    norms = clip_grad_norm_(SimpleNamespace(optimizer=exempt, param_groups=exempt.param_groups), 0.5)
+    assert norms.threshold == 0 and exempt.param_groups[0]["params"][0].grad.eq(1).all()
+
+
+def test_a_chain_says_whether_all_in_it_is_exempt():
+    groups = [{"params": [weight(1.0)], "skip_grad_norm_clip": flag} for flag in (True, False)]
+    for some, exempt in ((groups[:1], True), (groups, False)):
+        assert ChainedOptimizer([torch.optim.SGD(copy.deepcopy(some))]).skip_grad_norm_clip is exempt
+
+
+def test_the_innermost_process_group_is_a_members_own(alone):
+    own = dist.new_group([0])
+    inner = ChainedOptimizer([torch.optim.SGD([weight(1.0)]) for _ in range(2)], process_groups=[own, None])
+    assert [leaf.process_group for leaf in leaves(ChainedOptimizer([inner], process_groups=[alone]))] == [own, alone]
+
+
+def test_norms_may_be_of_another_order():
+    ps = [weight(1.0), weight(4.0)]
+    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD(ps), 2.0, INF)] == [4.0] * 3
+    assert [float(p.grad.max()) for p in ps] == [0.5, 2.0]
+
+
+def test_the_norm_of_what_is_infinite_is_infinite():
+    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD([weight(INF), weight(1.0)]), 1.0)] == [INF] * 3
+
+
+def test_before_the_first_step_there_are_no_norms():
+    assert list(ChainedOptimizer([torch.optim.SGD([weight(1.0)])], log_grad_norm=True).norms) == [None] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_norms_have_no_graph():
+    p = nn.Parameter(torch.ones(3))
+    p.square().sum().backward(create_graph=True)
+    assert not any(N.requires_grad for N in clip_grad_norm_(torch.optim.SGD([p]), 1.0))

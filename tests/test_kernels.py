@@ -245,11 +245,12 @@ def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):
     orthogonalize.batch.cache_clear()
 
 
-@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-126, 2.0**-100, 2.0**100, 2.0**127])
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-140, 2.0**-126, 2.0**-100, 2.0**100, 2.0**126])
 @pytest.mark.parametrize("shape", [(9, 13), (8, 8)])
 def test_the_whole_range_of_float32(device, scale, shape):
-    X = torch.ones(1, *shape, device=device)
-    X[0, 0, 0] = -1
+    """Also where entries of the Gram matrix are as large as can be."""
+    X = torch.full((1, *shape), 3.0, device=device)
+    X[0, 0, 0] = -3
     plan = schedule("polar_express_s4", 5)
     expected = orthogonalize.orthogonalize(X, plan, 0.0)
     accept.same_bits(actual=orthogonalize.orthogonalize(X * scale, plan, 0.0), expected=expected)

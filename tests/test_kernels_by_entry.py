@@ -23,7 +23,8 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 63, 64, 65, 127, 128, 129) if INTERPRETED else (1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
 REMAINDERS = (0, 1, 2, 4, 8, 15) if INTERPRETED else range(16)
-STRIPS = [*((8, 240 + n) for n in REMAINDERS), *((240 + n, 8) for n in REMAINDERS)]
+LENGTH = 112 if INTERPRETED else 240
+STRIPS = [*((8, LENGTH + n) for n in REMAINDERS), *((LENGTH + n, 8) for n in REMAINDERS)]
 SHAPES = [
     *STRIPS,
     *((m, n) for m in SIZES for n in SIZES if not INTERPRETED or m in (1, 65, 129) or n == 64),

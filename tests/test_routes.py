@@ -122,3 +122,40 @@ def test_the_report_to_the_letter():
         "muon: 136 parameters",
         "adamw: 88 parameters",
     ]
+
+
+def test_the_report_tells_the_scale_of_the_group():
+    groups = [{"params": [nn.Parameter(torch.ones(16, 100))], "adjust_lr_fn": name} for name in ("match_rms_adamw", "spectral")]
+    assert [line.split()[-2] for line in Muon(groups, lr=0.02).report().splitlines()[2:4]] == ["0.04", "0.2"]
+
+
+def test_a_model_may_have_several_heads():
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    found = routed(model, head=["1.weight", "2.*"])
+    assert found["1.weight"] == found["2.weight"] == ("output head", "adamw") and found["0.weight"] == ("matrix", "muon")
+
+
+def test_a_model_may_say_that_it_knows_no_head():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    model.get_output_embeddings = lambda: None
+    assert routed(model, head=None)["2.weight"] == ("output head", "adamw")
+
+
+def test_a_layout_of_a_module_is_its_weights():
+    layer = nn.Linear(4, 6)
+    layer.muon_layout = Layout(blocks=3)
+    group, _ = param_groups(layer, head=())
+    assert (group["rule"], group["layout"], group["params"][0][0]) == ("muon_layout", Layout(blocks=3), "weight")
+
+
+def test_norms_of_two_dimensions_are_adamws():
+    found = routed(nn.Sequential(nn.Linear(4, 4), nn.RMSNorm((2, 4)), nn.LayerNorm((2, 4))))
+    assert found["1.weight"] == found["2.weight"] == ("norm", "adamw")
+
+
+def test_a_tied_weight_is_a_norms_or_an_embeddings_by_any_owner():
+    norm, linear, table = nn.LayerNorm((4, 4)), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
+    for owner, rule in ((norm, "norm"), (table, "embedding")):
+        linear.weight = owner.weight
+        for pair in ((linear, owner), (owner, linear)):
+            assert routed(nn.Sequential(*pair, nn.Linear(4, 4)))["0.weight"] == (rule, "adamw")

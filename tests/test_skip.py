@@ -317,3 +317,13 @@ def test_what_others_have_not_found_we_find_still():
     optimizer.found_inf = torch.zeros(())
     one_step(optimizer, torch.full((2, 3), NAN))
     assert {reason: int(count) for reason, count in optimizer.skipped.items() if count} == {"gradient": 1}
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_weights_of_two_dtypes_are_one_decision(where):
+    ps = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = Muon(ps)
+    for i, p in enumerate(ps):
+        p.grad = torch.full_like(p, NAN if i == where else 1.0)
+    optimizer.step()
+    assert int(optimizer.skipped["gradient"]) == 1 and all(p.eq(1).all() for p in ps)

@@ -96,6 +96,20 @@ def test_ranks_that_clip_nothing_measure_with_those_that_do(clip_norm):
     assert found[0] == [N if N is None else pytest.approx(N, rel=1e-6) for N in right]
 
 
+def beside(rank: int) -> float:
+    """The total norm of a chain of which one rank has, beside what all exempt, something of its own to clip."""
+    members = [Muon([weight("muon", rank)])] + [Muon([weight("adamw", 7)], algorithm="adamw")] * (rank == 1)
+    groups = [dist.group.WORLD, None][: len(members)]
+    chain = ChainedOptimizer(members, process_groups=groups, clip_grad=0.5, clip_norm="global")
+    chain.step()
+    return float(chain.norms.total)
+
+
+def test_ranks_measure_what_others_in_their_process_group_clip_by():
+    squares = [float(tensor((4, 6), seed).double().square().sum()) for seed in (1, 2, 8)]
+    assert threads(2, beside) == pytest.approx([sum(squares[:2]) ** 0.5, sum(squares) ** 0.5], rel=1e-6)
+
+
 def late(rank: int) -> tuple[int, str]:
     """The number of silent process groups, and what a step says once a member of one is not exempt any more."""
     apart = dist.new_group([0, 1])
