@@ -205,7 +205,7 @@ def test_all_members_before_the_one_that_refuses_go_back():
 
 def test_groups_of_others_may_have_algorithms_too():
     p = weight(1.0)
-    assert clip_grad_norm_(torch.optim.SGD([{"params": [p], "algorithm": "adamw"}]), 0.5).threshold == pytest.approx(24**0.5)
+    assert clip_grad_norm_(torch.optim.SGD([{"params": [p], "algorithm": "muon"}]), 0.5).threshold == pytest.approx(24**0.5)
     assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
 
 
@@ -247,3 +247,12 @@ def test_norms_have_no_graph():
     p = nn.Parameter(torch.ones(3))
     p.square().sum().backward(create_graph=True)
     assert not any(N.requires_grad for N in clip_grad_norm_(torch.optim.SGD([p]), 1.0))
+
+
+@pytest.mark.parametrize("known", [0.0, 1.0])
+def test_what_a_member_was_told_may_be_a_number(known):
+    p = weight(1.0)
+    muon = Muon([{"params": [p], "skip_grad_norm_clip": False}])
+    muon.found_inf = known
+    ChainedOptimizer([muon], grad_norm_skip_threshold=100.0).step()
+    assert bool(p.any()) != bool(known)

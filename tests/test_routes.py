@@ -159,3 +159,8 @@ def test_a_tied_weight_is_a_norms_or_an_embeddings_by_any_owner():
         linear.weight = owner.weight
         for pair in ((linear, owner), (owner, linear)):
             assert routed(nn.Sequential(*pair, nn.Linear(4, 4)))["0.weight"] == (rule, "adamw")
+
+
+def test_the_head_of_a_bag_of_embeddings_is_found():
+    model = nn.Sequential(nn.EmbeddingBag(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    assert routed(model, head=None)["2.weight"] == ("output head", "adamw")

@@ -84,6 +84,10 @@ def test_parts_of_any_magnitude():
         accept_one_process(2, make, shard_mode="distributed", eps=eps)
 
 
+def test_normuon_without_memory():
+    accept_one_process(2, lambda divided: [weight(0, line(2, divided), Shard(0))], normuon_beta2=0.0)
+
+
 def test_a_frozen_weight_takes_no_part():
     def make(divided: bool) -> list[nn.Parameter]:
         p, frozen = (weight(seed, line(2, divided), Shard(0)) for seed in range(2))

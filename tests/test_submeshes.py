@@ -159,3 +159,14 @@ def decided(rank: int) -> Tensor:
 
 def test_a_process_group_of_the_same_ranks_will_do():
     assert all(not part.eq(1).any() for part in threads(2, decided))
+
+
+def crossing(rank: int) -> None:
+    """Weights on the ranks of a row and of a column, neither of which could decide for the other."""
+    mesh, T = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.ones(8, 12)
+    with pytest.raises(ValueError, match="give it a process_group of all ranks that should step together"):
+        Muon([divided(T, T, mesh["a"]), divided(T, T, mesh["b"])])
+
+
+def test_ranks_that_only_overlap_need_a_process_group():
+    threads(4, crossing)
