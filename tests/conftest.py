@@ -7,17 +7,21 @@ Triton looks at TRITON_INTERPRET when it is imported, so a process interprets al
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
+import impl.batches
+from impl import Muon
+from tests.planned import Change, nothing
 from tests.poison import INTERPRETED
 
-KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py", "test_sharded_plan.py"}
+KERNELS = {"test_kernels.py", "test_kernels_by_entry.py", "test_plan.py", "test_plan_changes.py", "test_sharded_plan.py"}
 
 
 class Interpreted(pytest.Item):
@@ -52,3 +56,35 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(cuda_stream=0))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture
+def take(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Muon]:
+    """A function that takes steps with or without the kernels."""
+
+    def take(fast: bool, optimizer: Muon, gradients: Sequence[Sequence[Tensor | None]], change: Change = nothing) -> Muon:
+        monkeypatch.setattr(impl.batches, "usable", lambda device: fast)
+        monkeypatch.setattr(sys.modules["impl.orthogonalize"], "usable", lambda device: False)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for step, each in enumerate(gradients):
+            for p, G in zip(parameters, each, strict=True):
+                p.grad = None if G is None else G.to(device, p.dtype)
+            change(optimizer, step)
+            optimizer.step()
+            assert bool(optimizer.plans) == fast
+        return optimizer
+
+    return take
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which a step believes that it is being captured."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+    return context

@@ -232,6 +232,27 @@ def test_every_number_of_steps(device, m, n, steps):
         assert accept.distance(orthogonalize.orthogonalize(X, schedule("jordan", steps), eps), expected) < 1e-2, eps
 
 
+@pytest.mark.parametrize(("name", "steps"), [("polar_express_s4", 3), ("polar_express", 5), ("you", 5)])
+def test_every_schedule(device, name, steps):
+    """Of singular values that are alike, so that little is amplified but the norm and the margin."""
+    X = torch.stack([matrix((20, 30), "flat", seed) for seed in range(2)]).to(device)
+    expected = impl.orthogonalize(X.cpu().double(), name, steps)
+    assert accept.distance(orthogonalize.orthogonalize(X, schedule(name, steps), 0.0), expected) < 8e-3
+
+
+def test_what_is_kept_between_calls(device, monkeypatch):
+    """Not the result's memory; and nothing of a call that is captured, which its graph's replays fill."""
+    X, plan = torch.ones(2, 9, 5, device=device), schedule("jordan", 1)
+    orthogonalize.batch.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    orthogonalize.orthogonalize(X, plan, 0.0)
+    assert orthogonalize.batch.cache_info().currsize == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    orthogonalize.orthogonalize(X, plan, 0.0)
+    these = orthogonalize.batch(X.shape, X.dtype, plan, 0.0, X.device, True, caller(device))
+    assert [part.untyped_storage().size() for _, part in these.outs] == [0]
+
+
 def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):
     X = torch.stack([matrix((20, 30), "moderate", seed) for seed in range(5)]).to(device)
     plan = schedule("polar_express_s4", 3)

@@ -2,103 +2,24 @@
 """Steps with a plan, by kernels, against steps without one, by torch; see conftest.py for where this runs."""
 
 import copy
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import impl.batches
 from conformance import accept
 from conformance.strategies import LAYOUTS, MIXED, tensor
 from conformance.targets.impl import Target
-from impl import Layout, Muon
+from impl import Muon
+from tests.planned import STEPS, accept_alike, accept_same_steps, make, random_gradients, states, weights
 from tests.poison import INTERPRETED, accept_cast
 
 pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
 FEW = {"heads in groups", "convolution", "in every expert"}
-STEPS = 1 if INTERPRETED else 5
 EVERY = {name: case for name, case in (LAYOUTS | MIXED).items() if not INTERPRETED or name in FEW}
-
-Change = Callable[[Muon, int], None]  # what happens before a step
-
-
-def nothing(optimizer: Muon, step: int) -> None:
-    pass
-
-
-@pytest.fixture
-def take(device, monkeypatch):
-    """A function that takes steps with or without the kernels."""
-
-    def take(fast: bool, optimizer: Muon, gradients: Sequence[Sequence[Tensor | None]], change: Change = nothing) -> Muon:
-        monkeypatch.setattr(impl.batches, "usable", lambda device: fast)
-        monkeypatch.setattr(sys.modules["impl.orthogonalize"], "usable", lambda device: False)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for step, each in enumerate(gradients):
-            for p, G in zip(parameters, each, strict=True):
-                p.grad = None if G is None else G.to(device, p.dtype)
-            change(optimizer, step)
-            optimizer.step()
-            assert bool(optimizer.plans) == fast
-        return optimizer
-
-    return take
-
-
-def make(device: torch.device, shapes: Sequence[Any], dtype: torch.dtype = torch.float32, **options: Any) -> Muon:
-    """An optimizer with a group for each (shape, options of the group)."""
-    groups = []
-    for i, (shape, mine) in enumerate(shapes):
-        layout = mine.get("layout")
-        mine = mine if layout is None else {**mine, "layout": Layout.of(layout)}
-        groups.append({"params": [nn.Parameter(tensor(shape, 100 + i).to(device, dtype))], **mine})
-    return Muon(groups, **{"lr": 0.02, "ns_coefficients": "jordan", "ns_steps": STEPS, **options})
-
-
-def random_gradients(shapes: Sequence[Any], steps: int = 3) -> list[list[Tensor | None]]:
-    return [[tensor(shape, 10 * step + i) for i, (shape, _) in enumerate(shapes)] for step in range(steps)]
-
-
-def states(optimizer: Muon, key: str) -> list[Tensor]:
-    return [state[key].clone() for state in optimizer.state.values() if key in state]
-
-
-def accept_alike(fast: Muon, slow: Muon, before: Sequence[Tensor], way: float = 5e-3) -> None:
-    """The same momenta to the bit; weights and NorMuon's averages up to the kernels' rounding."""
-    __tracebackhide__ = True
-    for a, b in zip(states(fast, "momentum_buffer"), states(slow, "momentum_buffer"), strict=True):
-        accept.same_bits(actual=a, expected=b)
-    for key in ("variance_buffer", "exp_avg", "exp_avg_sq", "step"):
-        for a, b in zip(states(fast, key), states(slow, key), strict=True):
-            assert accept.distance(a, b) < (1e-2 if key == "variance_buffer" else 1e-6), key
-    for a, b, W in zip(weights(fast), weights(slow), before, strict=True):
-        size, moved = b.double().norm(), (b.double() - W.double()).norm()
-        off = (a.double() - b.double()).norm()
-        rounding = torch.finfo(a.dtype).eps * (2 if INTERPRETED else 1) if a.dtype != torch.float32 else 2e-7
-        assert off <= way * moved + rounding * size, f"off by {off:.2e} after {moved:.2e}"
-        assert moved > 0 or off == 0
-
-
-def weights(optimizer: Muon) -> list[Tensor]:
-    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-
-
-def accept_same_steps(take: Callable, build: Callable[[], Muon], gradients: Any, change: Change = nothing) -> Muon:
-    """The steps of the kernels are those of the plain path; returns the optimizer that took them with kernels."""
-    __tracebackhide__ = True
-    fast, slow = build(), build()
-    before = weights(slow)
-    take(False, slow, gradients, change)
-    take(True, fast, gradients, change)
-    accept_alike(fast, slow, before)
-    return fast
 
 
 @pytest.mark.parametrize("normuon", [None, 0.9])
@@ -124,7 +45,7 @@ def test_parameters_of_every_dtype(device, take, dtype):
     accept_same_steps(take, lambda: make(device, shapes, dtype), random_gradients(shapes, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_of_another_dtype(device, take, dtype):
     """A gradient can be wider or narrower than its parameter where torch allows it (`grad_dtype`, torch 2.11)."""
     p = nn.Parameter(tensor((8, 8), 0).to(device, torch.bfloat16 if dtype == torch.float32 else torch.float32))
@@ -210,19 +131,6 @@ def test_options_that_change_between_steps(device, take):
         optimizer.param_groups[(0, 1, 2, 0, 1, 2, 0, 0)[step]].update(news[step])
 
     accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 8), change)
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """A context in which a step believes that it is being captured."""
-
-    @contextmanager
-    def context():
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            yield
-
-    return context
 
 
 def test_what_replays_have_overwritten_is_written_again(device, take, capturing):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters on several ranks, stepped by kernels: the bits of one process that steps them by kernels; see conftest.py."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -178,3 +180,85 @@ def test_the_culprit_is_known(device, tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     found = torch.load(path, weights_only=True)
     assert list(found) == ["w1"] and int(found["w1"]["gradient"].isnan().sum()) == 1
+
+
+def updated(rank: int, device: str, one: bool, change: Callable[[Any, int], None]) -> Outcome:
+    """Steps of CHANGING, by the sharded plan or by one process's, with a change before each."""
+    if one:
+        parameters, optimizer = construct(Target(), CHANGING, [weight(CHANGING, i).to(device) for i in range(2)])
+    else:
+        parameters, optimizer = begin(Target(), CHANGING, device)
+    for step in range(2):
+        give(CHANGING, rank, step, parameters)
+        change(optimizer, step)
+        optimizer.step()
+    return outcome(Target(), parameters, optimizer, [])
+
+
+def of_groups(optimizer: Any, step: int) -> None:
+    first, second = optimizer.param_groups
+    first.update(lr=0.1, weight_decay=0.3)
+    second.update(maximize=True, momentum=0.5)
+
+
+def nesterov(optimizer: Any, step: int) -> None:
+    optimizer.param_groups[1]["nesterov"] = step == 0
+
+
+def eps(optimizer: Any, step: int) -> None:
+    optimizer.param_groups[0]["eps"] = 10.0
+
+
+def told_once(optimizer: Any, step: int) -> None:
+    optimizer.guard.skip_nonfinite = False
+    optimizer.found_inf = torch.ones((), device=optimizer.param_groups[0]["params"][0].device) if step == 0 else None
+
+
+@pytest.mark.parametrize("change", [of_groups, nesterov, eps, told_once])
+def test_what_a_step_is_told(device, monkeypatch, change):
+    monkeypatch.setattr(impl.batches, "usable", lambda device: True)
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    one, here = updated(0, device.type, True, change), threads(1, updated, device.type, False, change)
+    for key, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
+
+
+def failed(rank: int, device: str, case: Case, path: Path) -> Outcome:
+    parameters, optimizer = begin(Target(), case, device)
+    optimizer.guard.dump = path
+    take(case, rank, 0, parameters, optimizer)
+    return outcome(Target(), parameters, optimizer, [])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_failed_orthogonalization_leaves_the_weights(device, tmp_path, monkeypatch, which):
+    """Of the matrices of either round; the culprit is known."""
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    straight, rounds = impl.operands.orthogonalize, []
+
+    def fails(launches: Any, Q: torch.Tensor) -> None:
+        straight(launches[:-1], Q)
+        Q[:, 0, 0] = float("nan") if len(rounds) == which else Q[:, 0, 0]
+        rounds.append(launches[-1]())
+
+    monkeypatch.setattr(impl.operands, "orthogonalize", fails)
+    case = replace(CHANGING, weights=(Weight((7, 9)), Weight((11, 13))))
+    (here,) = threads(1, failed, device.type, case, tmp_path / "dump")
+    assert here.skipped == {"gradient": 0, "orthogonalization": 1, "found_inf": 0} and len(rounds) == 2
+    (path,) = tmp_path.iterdir()
+    assert len(torch.load(path, weights_only=True)) == 1
+    for i in range(2):
+        accept.same_bits(actual=here.parts[f"w{i}"][0], expected=weight(case, i))
+        assert here.parts[f"w{i}.momentum_buffer"][0].any()
+
+
+def kept(rank: int, device: str) -> list[Any]:
+    parameters, optimizer = begin(Target(), CHANGING, device)
+    take(CHANGING, rank, 0, parameters, optimizer)
+    (sharded,) = optimizer.plans.values()
+    return [sharded.plan.arena.untyped_storage().size(), *sharded.plan.gradients]
+
+
+def test_memory_between_steps(device, monkeypatch):
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    assert threads(1, kept, device.type) == [[0]]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan must notice between two steps, and what it must leave alone; see conftest.py for where this runs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance import accept
+from conformance.targets.impl import Target
+from impl import Layout, Muon
+from tests.planned import accept_same_steps, make, random_gradients, states, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+SHAPES = [((9, 5), {})]
+ALONE = [{"ns_coefficients": (1.5, -0.5, 0.0)}, {"eps": 30.0}, {"adjust_lr_fn": "spectral"}, {"layout": Layout(blocks=3)}]
+
+
+@pytest.mark.parametrize("news", ALONE, ids=lambda news: next(iter(news)))
+def test_an_option_that_changes_alone(device, take, news):
+    def change(optimizer: Muon, step: int) -> None:
+        optimizer.param_groups[0].update(news if step else {})
+
+    accept_same_steps(take, lambda: make(device, SHAPES), random_gradients(SHAPES, 2), change)
+
+
+def test_numbers_that_are_written_to(device, take):
+    """A learning rate on the host, and the loss scale."""
+
+    def change(optimizer: Muon, step: int) -> None:
+        optimizer.param_groups[0]["lr"].fill_(0.02 * (step + 1))
+        optimizer.grad_scale = torch.tensor(4.0**step, device=device)
+
+    accept_same_steps(take, lambda: make(device, SHAPES, lr=torch.tensor(0.0)), random_gradients(SHAPES, 2), change)
+
+
+def test_parameters_that_change_places(device, take):
+    """Two of one form, between groups whose options need no new plan."""
+    shapes = [((9, 5), {"lr": 0.1}), ((9, 5), {"weight_decay": 0.5})]
+
+    def change(optimizer: Muon, step: int) -> None:
+        first, second = optimizer.param_groups
+        first["params"], second["params"] = second["params"], first["params"]
+
+    accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 2), change)
+
+
+def test_a_gradient_that_lies_across(device, take):
+    def change(optimizer: Muon, step: int) -> None:
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad = p.grad.mT.contiguous().mT
+
+    accept_same_steps(take, lambda: make(device, SHAPES), random_gradients(SHAPES, 1), change)
+
+
+@pytest.mark.parametrize("which", ["weight", "gradient", "momentum"])
+def test_tensors_that_are_no_longer_aligned(device, take, which):
+    """A plan for tensors at multiples of 16 bytes moves 16 bytes at a time."""
+    shapes, seen = [((8, 16), {})], []
+
+    def off(T: Tensor) -> Tensor:
+        return torch.cat([T.new_zeros(1), T.flatten()])[1:].view(T.shape)
+
+    def change(optimizer: Muon, step: int) -> None:
+        seen.extend(optimizer.plans.values())
+        p = optimizer.param_groups[0]["params"][0]
+        state = optimizer.state[p]
+        if step and which == "weight":
+            p.data = off(p.data)
+        elif step and which == "gradient":
+            p.grad = off(p.grad)
+        elif step:
+            state["momentum_buffer"] = off(state["momentum_buffer"])
+
+    fast = accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 2), change)
+    assert seen[0] is not next(iter(fast.plans.values()))
+
+
+def test_what_the_kernels_do_not_step_beside_what_they_do(device, take):
+    """A frozen parameter, an empty one, and float64."""
+    shapes = [((9, 5), {}), ((9, 5), {}), ((0, 5), {}), ((9, 5), {})]
+    gradients = random_gradients(shapes, 1)
+    gradients[0][1] = None
+
+    def build() -> Muon:
+        optimizer = make(device, shapes)
+        frozen, _, wide = (group["params"][0] for group in optimizer.param_groups[1:])
+        frozen.requires_grad_(False)
+        wide.data = wide.data.double()
+        return optimizer
+
+    accept_same_steps(take, build, gradients)
+
+
+def test_heads_of_an_odd_size_in_an_aligned_section(device, take):
+    shapes = [((16, 16), {"layout": {"sections": [{"rows": 16, "head_dim": 4}]}})]
+    accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 1))
+
+
+def test_a_failed_orthogonalization_leaves_the_new_momentum(device, take):
+    """And nothing else of the step."""
+    shapes = [((24, 40), {}), ((9, 5), {"normuon_beta2": 0.9})]
+    gradients = random_gradients(shapes, 1)
+    fast, slow = make(device, shapes), take(False, make(device, shapes), gradients)
+    before = weights(fast)
+    with Target().orthogonalizing(float("nan")):
+        take(True, fast, gradients)
+    assert fast.skipped == {"gradient": 0, "orthogonalization": 1, "found_inf": 0}
+    after = [*weights(fast), *states(fast, "momentum_buffer"), *states(fast, "variance_buffer")]
+    expected = [*before, *states(slow, "momentum_buffer"), torch.zeros(9, 1, device=device)]
+    for a, b in zip(after, expected, strict=True):
+        accept.same_bits(actual=a, expected=b)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_plans_of_graphs_outlive_those_that_follow(device, take, capturing, made):
+    """Whether a plan was made in a capture, or before it."""
+    gradients = random_gradients(SHAPES, 1)
+    optimizer = make(device, SHAPES) if made else take(True, make(device, SHAPES), gradients)
+    with capturing():
+        take(True, optimizer, gradients)
+    (plan,) = optimizer.plans.values()
+    for eps in (1.0, 2.0):
+        optimizer.param_groups[0]["eps"] = eps
+        take(True, optimizer, gradients)
+    (later,) = optimizer.plans.values()
+    assert later is not plan is later.before
