@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer
 
-from impl.layout import Layout
+from impl.layout import Layout, Section
 from impl.options import algorithms, check_options, check_parameters, names
 
 SQUARES = ("exp_avg_sq", "variance_buffer")
@@ -83,12 +83,20 @@ def check_step(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Te
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that a state dict holds otherwise than the group does.   [SPEC: STATE-3]"""
-    layouts = {option: asdict(value) for option, value in group.items() if isinstance(value, Layout)}
-    # A scheduler may have left a NumPy number.
-    reals = {option: value for option, value in group.items() if isinstance(value, Real) and not isinstance(value, bool)}
-    numbers = {option: int(value) if isinstance(value, Integral) else float(value) for option, value in reals.items()}
-    return layouts | numbers
+    """A group as a state dict holds it: layouts as dicts, a scheduler's NumPy numbers as Python's.   [SPEC: STATE-3]"""
+    return {option: _plain(value) for option, value in group.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Layout, Section)):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def whole(optimizer: Optimizer, saved: Any) -> dict[str, Any]:
@@ -129,6 +137,8 @@ def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             )
         if len(group.get("param_names") or group["params"]) != len(group["params"]):
             raise ValueError(f"group {index} of the state dict has another number of names than of parameters")
+        if twice := [i for n, i in enumerate(group["params"]) if i in known or i in group["params"][:n]]:
+            raise ValueError(f"group {index} of the state dict has parameters that came before: {twice}")
         known.update(group["params"])
         _check_group(index, group, our)
         label = names({**our, "param_names": our.get("param_names") or group.get("param_names")}, index)
@@ -145,12 +155,12 @@ def _check_group(index: int, group: Mapping[str, Any], our: Mapping[str, Any]) -
         wrong = [f"{b!r} where the optimizer has {a!r}" for a, b in zip(mine, theirs, strict=True) if a != b]
         raise ValueError(f"group {index} of the state dict names its parameters otherwise: {', '.join(wrong)}")
     check_options(group)
+    check_parameters({**group, "params": our["params"]}, index)
     if state_keys(group) != state_keys(our) or Layout.of(group["layout"]) != Layout.of(our["layout"]):
         kind = "algorithm={algorithm!r}, layout={layout}, normuon_beta2={normuon_beta2}"
         raise ValueError(
             f"group {index} of the state dict is for {kind.format(**group)} but the optimizer has {kind.format(**our)}"
         )
-    check_parameters({**group, "params": our["params"]}, index)
 
 
 def _check_entry(name: str, entry: Mapping[str, Any] | None, our: Mapping[str, Any], p: Tensor) -> None:
@@ -163,8 +173,11 @@ def _check_entry(name: str, entry: Mapping[str, Any] | None, our: Mapping[str, A
         raise ValueError(f"state of parameter {name} should have the entries {expected} but has {tuple(entry)}")
     for key, value in entry.items():
         where = f"state {key!r} of parameter {name}"
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.device.type == "meta"):
+            raise ValueError(f"{where} should be a dense tensor with values but is: {value.layout} on {value.device}")
         if key == "step":
-            if not isinstance(value, (int, float, Tensor)) or not 0 <= float(value) < float("inf"):
+            number = value.ndim == 0 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+            if not number or not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{where} should be a count >= 0 but is: {value}")
             continue
         shape, dtype, _ = form(our, key, p)

@@ -2,13 +2,15 @@
 """What is saved, pickled and loaded where no clause of SPEC.md says it by name: older files, other programs, frozen weights."""
 
 import copy
+import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from conformance import accept
-from impl import Layout, Muon
+from impl import Layout, Muon, Section
 
 
 def stepped(*named: tuple[str, nn.Parameter] | nn.Parameter, **options: object) -> Muon:
@@ -116,7 +118,9 @@ def test_a_state_of_half_precision_is_widened():
     ("count", "message"),
     [
         (float("nan"), r"state 'step' of parameter 0\.0 should be a count >= 0 but is: nan"),
-        (1j, "the state dict is not that of an optimizer"),
+        (1j, r"state 'step' of parameter 0\.0 should be a count >= 0 but is: 1j"),
+        ([3.0], r"state 'step' of parameter 0\.0 should be a count >= 0 but is: tensor\(\[3\.\]\)"),
+        ([1.0, 2.0], r"state 'step' of parameter 0\.0 should be a count >= 0"),
     ],
 )
 def test_a_count_of_steps_is_a_count(count, message):
@@ -124,3 +128,55 @@ def test_a_count_of_steps_is_a_count(count, message):
     saved["state"][0]["step"] = torch.tensor(count)
     with pytest.raises(ValueError, match=message):
         Muon([weight(3)], algorithm="adamw").load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", "step"])
+@pytest.mark.parametrize("far", [torch.Tensor.to_sparse, lambda T: T.to("meta")], ids=["sparse", "meta"])
+def test_a_state_has_values(far, key):
+    saved = stepped(weight(4, 3), layout=Layout(sections=(Section(2), Section(2, "adamw")))).state_dict()
+    saved["state"][0][key] = far(saved["state"][0][key])
+    with pytest.raises(ValueError, match=rf"state '{key}' of parameter 0\.0 should be a dense tensor with values but"):
+        Muon([weight(4, 3)], layout=Layout(sections=(Section(2), Section(2, "adamw")))).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("order", "group"), [([[0, 0], [2]], 0), ([[0, 1], [1]], 1)])
+def test_no_state_is_for_two_parameters(order, group):
+    def optimizer() -> Muon:
+        return Muon([{"params": [weight(2, 3), weight(2, 3)]}, {"params": [weight(2, 3)]}])
+
+    saved = optimizer().state_dict()
+    for each, ids in zip(saved["param_groups"], order, strict=True):
+        each["params"] = ids
+    with pytest.raises(ValueError, match=rf"group {group} of the state dict has parameters that came before"):
+        optimizer().load_state_dict(saved)
+
+
+def test_a_layout_of_other_things_than_sections_is_refused_by_name():
+    optimizer = stepped(("w", weight(4, 3)), layout=Layout(blocks=2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["layout"] = Layout(sections=(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layout of parameter w with shape \(4, 3\) does not fit: sections should be Section"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adamw_betas": (np.float64(0.5), np.float32(0.75))},
+        {"ns_coefficients": [tuple(np.array([3.4445, -4.7750, 2.0315]))] * 5},
+        {"layout": {"sections": [Section(2), Section(2, "adamw")]}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_inside_others_are_saved_as_plain_data(options):
+    """NumPy's numbers and sections among them (STATE-3), and they are read again as what they were."""
+    file = io.BytesIO()
+    optimizer = stepped(weight(4, 3), **options)
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = Muon([weight(4, 3)], **options)
+    other.load_state_dict(saved)
+    (option,) = options
+    (was,), (now,) = ([group[option] for group in each.param_groups] for each in (optimizer, other))
+    assert Layout.of(now) == Layout.of(was) if option == "layout" else now == was
