@@ -141,18 +141,20 @@ class Guard:
 
     def join(self, parameters: Sequence[Tensor]) -> None:
         """Decide with all ranks on which these lie; ValueError if they cannot be one process group's.   [SPEC: DIST-6]"""
+        process_group = self.process_group
         for p in parameters:
             group = group_of(p, self.replicas)
-            if group is None or group is self.process_group:
+            if group is None or group is process_group:
                 continue
-            new, known = (set(dist.get_process_group_ranks(g)) if g else set() for g in (group, self.process_group))
+            new, known = (set(dist.get_process_group_ranks(g)) if g else set() for g in (group, process_group))
             if new > known and not self.given:
-                self.process_group = group
+                process_group = group
             elif not new <= known:
                 raise ValueError(
                     f"a parameter lies on the ranks {sorted(new)}, and the optimizer's steps are decided by the ranks "
                     f"{sorted(known)}; give it a process_group of all ranks that should step together"
                 )
+        self.process_group = process_group
 
     def decide(
         self, states: Sequence[Tensor], updates: Sequence[Tensor], found_inf: Tensor | float | None, device: torch.device
@@ -183,7 +185,7 @@ class Guard:
         """Save what is this rank's in the first failure; where that fails, training is more important."""
         if not culprits or self.dump is None:
             return
-        path = os.fspath(self.dump) + ("" if self.process_group is None else f".rank{dist.get_rank(self.process_group)}")
+        path = os.fspath(self.dump) + ("" if self.process_group is None else f".rank{dist.get_rank()}")
         self.dump = None
         try:
             torch.save(culprits, path)

@@ -2,6 +2,7 @@
 """Ranks of which each pair, or each one, has weights of its own: what is for some ranks must not reach the others."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +167,24 @@ def crossing(rank: int) -> None:
     mesh, T = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.ones(8, 12)
     with pytest.raises(ValueError, match="give it a process_group of all ranks that should step together"):
         Muon([divided(T, T, mesh["a"]), divided(T, T, mesh["b"])])
+    alone = Muon([nn.Parameter(T)])
+    with pytest.raises(ValueError, match="give it a process_group"):
+        alone.add_param_group({"params": [divided(T, T, mesh["a"]), divided(T, T, mesh["b"])]})
+    assert alone.guard.process_group is None  # nothing has changed
+    alone.add_param_group({"params": [divided(T, T, mesh["b"])]})
 
 
 def test_ranks_that_only_overlap_need_a_process_group():
     threads(4, crossing)
+
+
+def dumped(rank: int, path: Path) -> None:
+    """A step that fails, of ranks that decide two by two and name one file."""
+    p = divided(torch.ones(8, 12), torch.full((8, 12), float("nan")), together())
+    Muon([p], dump_nonfinite=path).step()
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+def test_ranks_that_decide_apart_dump_apart(tmp_path):
+    threads(4, dumped, tmp_path / "dump")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"dump.rank{rank}" for rank in range(4)]
