@@ -72,11 +72,12 @@ def test_weights_of_several_dtypes(algorithm):
 
 
 def test_parts_of_any_magnitude():
-    """Also where an epsilon is above the norm, and zeros."""
+    """Also where an epsilon is above the norm, subnormal numbers and zeros."""
 
     def make(divided: bool) -> list[nn.Parameter]:
-        made = [weight(i, line(2, divided), Shard(1)) for i in range(4)]
-        for p, factor in zip(made, (1.0, 2.0**20, 2.0**-20, 0.0), strict=True):
+        factors = (1.0, 2.0**20, 2.0**-20, 2.0**120, 2.0**-138, 0.0)
+        made = [weight(i, line(2, divided), Shard(1)) for i in range(len(factors))]
+        for p, factor in zip(made, factors, strict=True):
             p.grad *= factor
         return made
 
