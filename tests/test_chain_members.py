@@ -249,6 +249,15 @@ def test_norms_have_no_graph():
     assert not any(N.requires_grad for N in clip_grad_norm_(torch.optim.SGD([p]), 1.0))
 
 
+def test_a_gradient_counts_also_where_its_weight_is_frozen():
+    """An optimizer steps by whatever gradient is there."""
+    p, frozen = weight(1.0), weight(1.0).requires_grad_(False)
+    before = p.grad.clone()
+    norms = clip_grad_norm_(torch.optim.SGD([p, frozen]), 0.5)
+    assert float(norms.clipped) == pytest.approx(float(torch.cat([before, before]).norm()))
+    assert torch.equal(frozen.grad, p.grad) and not torch.equal(frozen.grad, before)
+
+
 @pytest.mark.parametrize("known", [0.0, 1.0])
 def test_what_a_member_was_told_may_be_a_number(known):
     p = weight(1.0)
