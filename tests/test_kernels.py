@@ -217,6 +217,17 @@ def test_orthogonalizations_at_tile_edges(device, m, n, dtype):
     assert orthogonalize.batch(X.shape, dtype, plan, 0.0, X.device, True, caller(device)).arena.untyped_storage().size() == 0
 
 
+@pytest.mark.parametrize("m, n", [(200, 128), (256, 72), (100, 128), (128, 100), (384, 128)])
+def test_orthogonalizations_write_their_result_alone(monkeypatch, device, m, n):
+    """The last product among them, which writes whole tiles to a result that has room for these."""
+    X = torch.stack([matrix((m, n), "moderate", seed) for seed in range(2)]).to(device)
+    out = poisoned((4, m, n), device, X.dtype)[1:3]
+    monkeypatch.setattr(torch, "empty_like", lambda T: out)
+    O = orthogonalize.orthogonalize(X, schedule("jordan", 2), 0.0)
+    assert O is out and accept.distance(O, impl.orthogonalize(X.cpu().double(), "jordan", 2)) < 8e-3
+    accept_outside(out)
+
+
 def caller(device: torch.device) -> tuple[int, int]:
     """The key of this thread and stream in `orthogonalize.batch`."""
     return orthogonalize.threading.get_ident(), torch.cuda.current_stream().cuda_stream
