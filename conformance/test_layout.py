@@ -94,7 +94,6 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((12, 4), {"sections": [{"rows": 12, "head_dim": 5}]}, ["12", "5", "head_dim"]),
         ((12, 4), {"sections": [{"rows": 12, "head_dim": 0}]}, ["head_dim", "0"]),
         ((4, 6, 5), {"blocks": 3}, ["4", "3", "blocks"]),
-        ((4, 6, 5), {"blocks": 6}, ["4", "6", "blocks"]),
         ((4, 6, 5), {}, ["4", "1", "blocks"]),
         ((4, 2, 3, 3), {}, ["flatten"]),
         ((12,), {"blocks": 3}, ["12", "dimension"]),
@@ -103,6 +102,7 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((12, 4), {"sections": [{"rows": 12, "algorithm": "sgd"}]}, ["sgd"]),
         ((8, 4), {"blocks": 4, "groups": 4}, ["8", "4", "blocks", "groups"]),
         ((36, 4), {"blocks": 6, "groups": 4}, ["36", "6", "4", "groups"]),
+        ((4, 6, 5), {"blocks": 6}, ["4", "6", "blocks"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(validating: Target, shape, layout, words):
