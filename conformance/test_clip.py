@@ -19,7 +19,7 @@ from conformance.target import Target
 
 NAN, INF = math.nan, math.inf
 ADAMW = replace(HYPER, algorithm="adamw")
-# Magnitudes of gradients that a dtype has; the first is subnormal for float32 and bfloat16.
+# Magnitudes of gradients that a dtype has; the first is subnormal.
 MAGNITUDES = {
     torch.float64: (5e-324, 1e-309, 1e-300, 1e-160, 1.0, 1e160, 1e300),
     torch.float32: (1e-45, 1e-30, 1e-8, 1.0, 1e30, 3e38),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the optimizer keeps for a parameter, and whether a saved state is that.   [SPEC: STATE]"""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Integral, Real
@@ -137,7 +138,7 @@ def _check(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             )
         if len(group.get("param_names") or group["params"]) != len(group["params"]):
             raise ValueError(f"group {index} of the state dict has another number of names than of parameters")
-        if twice := [i for n, i in enumerate(group["params"]) if i in known or i in group["params"][:n]]:
+        if twice := [i for i, count in Counter(group["params"]).items() if count > 1 or i in known]:
             raise ValueError(f"group {index} of the state dict has parameters that came before: {twice}")
         known.update(group["params"])
         _check_group(index, group, our)
