@@ -49,6 +49,7 @@ BAD = [
     ({"normuon_beta2": -0.1}, ["normuon_beta2", "-0.1"]),
     ({"normuon_beta2": NAN}, ["normuon_beta2", "nan"]),
     ({"normuon_beta2": True}, ["normuon_beta2", "True"]),
+    ({"algorithm": "adamw", "adamw_eps": 1e-40}, ["adamw_eps", "1e-40"]),
 ]
 bad = pytest.mark.parametrize(
     ("options", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in options.items()) for options, _ in BAD]

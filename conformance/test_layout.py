@@ -103,6 +103,7 @@ def test_sections_step_by_their_own_algorithm(target: Target, device, shape, lay
         ((8, 4), {"blocks": 4, "groups": 4}, ["8", "4", "blocks", "groups"]),
         ((36, 4), {"blocks": 6, "groups": 4}, ["36", "6", "4", "groups"]),
         ((4, 6, 5), {"blocks": 6}, ["4", "6", "blocks"]),
+        ((10, 4), {"blocks": 3, "columns": 4}, ["10", "3", "blocks", "columns", "4"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(validating: Target, shape, layout, words):

@@ -61,13 +61,16 @@ def test_a_loss_scale_changes_no_bit_on_any_rank(skipping: Target, device, mesh,
 
 
 @pytest.mark.clause("SKIP-9")
-def test_a_loss_scale_is_divided_in_the_precision_of_the_state(skipping: Target, device):
-    named = parameters([tensor((6, 4), 0, torch.float16)], device)
-    optimizer, G = skipping.optimizer(named, HYPER), tensor((6, 4), 1, torch.float16)
-    optimizer.grad_scale = torch.tensor(2.0**24, device=device)
+@pytest.mark.parametrize(
+    ("dtype", "state", "scale"), [(torch.float16, torch.float32, 2.0**24), (torch.float64, torch.float64, 3)]
+)
+def test_a_loss_scale_is_divided_in_the_precision_of_the_state(skipping: Target, device, dtype, state, scale):
+    named = parameters([tensor((6, 4), 0, dtype)], device)
+    optimizer, G = skipping.optimizer(named, HYPER), tensor((6, 4), 1, dtype)
+    optimizer.grad_scale = torch.tensor(scale, dtype=torch.float32, device=device)
     take(optimizer, named, [G])
-    M = skipping.momentum_buffer(optimizer, named[0][1]).double() * 2.0**24
-    accept.close(actual=M, expected=(1 - HYPER.momentum) * G.double(), dtype=torch.float32)
+    M = skipping.momentum_buffer(optimizer, named[0][1]).double() * scale
+    accept.close(actual=M, expected=(1 - HYPER.momentum) * G.double(), dtype=state)
 
 
 @pytest.mark.clause("SKIP-9", "SKIP-1")

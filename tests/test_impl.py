@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import impl
 import reference
 from conformance import accept
 from conformance.strategies import tensor
@@ -260,6 +261,22 @@ def test_epsilon_is_in_the_unit_of_every_matrix_of_a_batch():
     batch = torch.stack([tensor((4, 6), i) * 2.0**k for i, k in enumerate((0, 20, -20))])
     for X, O in zip(batch, orthogonalize(batch, "jordan", 5, eps=1.0), strict=True):
         accept.same_bits(actual=O, expected=orthogonalize(X, "jordan", 5, eps=1.0))
+    subnormal = tensor((4, 6), 0) * 2.0**-135
+    accept.same_bits(
+        actual=orthogonalize(subnormal, "jordan", 5, eps=2.0**-149), expected=orthogonalize(subnormal, "jordan", 5)
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 9), (15, 17), (33, 47), (63, 65), (101, 103), (127, 255)], ids=str)
+def test_neighbours_of_odd_sizes_do_not_matter(shape):
+    """Inside a batch such a matrix is not aligned as it is alone."""
+    batch = tensor((5, *shape), 0)
+    for alone, O in zip(batch, orthogonalize(batch, "jordan", 5), strict=True):
+        accept.same_bits(actual=O, expected=orthogonalize(alone.clone(), "jordan", 5))
+
+
+def test_all_that_is_promised_is_there():
+    assert all(hasattr(impl, name) for name in impl.__all__)
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64])

@@ -133,6 +133,8 @@ BAD = [
     ({"layout": Layout(sections=(Section(5), Section(-1)))}, "rows of a section should be an integer >= 1 but is -1"),
     ({"layout": Layout(sections=(Section(4, head_dim=0),))}, "head_dim should be an integer >= 1 but is 0"),
     ({"layout": Layout(groups=2, sections=(Section(2, head_dim=4),))}, "head_dim"),
+    ({"weight_decay": torch.ones(2)}, "weight decay should be >= 0 but is: "),
+    ({"momentum": torch.full((2,), 0.5)}, "momentum should be >= 0 but is: "),
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -52,6 +53,23 @@ def test_what_torchs_own_modules_stack_is_not_taken_for_experts():
         routed(model)
 
 
+def test_what_others_modules_stack_is_taken_for_experts():
+    """Also where their package is called like torch."""
+    model = type("GroupedExperts", (nn.Module,), {"__module__": "torchtitan.models.moe"})()
+    model.w1, model.config = nn.Parameter(torch.ones(4, 6, 8)), SimpleNamespace(num_experts=4)
+    (group,) = param_groups(model, head=())
+    assert group["layout"] == Layout(blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"), [("skip_orthogonalization", 1), ("use_muon", 0), ("is_embedding_or_output_parameter", np.True_)]
+)
+def test_a_tag_is_true_or_false_in_any_type(tag, value):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    setattr(model[0].weight, tag, value)
+    assert routed(model) == {"0.weight": (f"{tag}={bool(value)}", "adamw"), "1.weight": ("matrix", "muon")}
+
+
 def test_what_no_rule_knows_is_stepped_as_its_override_says():
     model = nn.Sequential(nn.Bilinear(4, 5, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[0].weight.use_muon = True
@@ -84,6 +102,7 @@ def warned(rank: int, declare: Callable[[nn.Linear], None], overrides: Mapping[s
     model = nn.Linear(4, 6, bias=False)
     parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
     declare(model)
+    model = nn.Sequential(model, nn.Linear(6, 4))  # some weights are DTensors, not all
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         Muon(param_groups(model, head=(), overrides=overrides))
@@ -102,7 +121,7 @@ def test_attributes_that_dtensors_have_lost_are_asked_for():
     found = {name: threads(1, warned, declare) for name, declare in declarations.items()}
     (message,) = found.pop("nothing")[0]
     assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
-    found["overrides"] = threads(1, warned, lambda model: None, {"weight": {"lr": 0.1}})
+    found["overrides"] = threads(1, warned, lambda model: None, {"0.weight": {"lr": 0.1}})
     assert all(each == [[]] for each in found.values()), found
 
 
@@ -122,11 +141,14 @@ def test_the_report_to_the_letter():
         "muon: 136 parameters",
         "adamw: 88 parameters",
     ]
+    scalar = Muon([nn.Parameter(torch.ones(()))], algorithm="adamw", lr=0.02)
+    assert scalar.report().splitlines()[2].split() == ["0.0", "scalar", "-", "adamw", "-", "0.02", "all"]
 
 
 def test_the_report_tells_the_scale_of_the_group():
     groups = [{"params": [nn.Parameter(torch.ones(16, 100))], "adjust_lr_fn": name} for name in ("match_rms_adamw", "spectral")]
-    assert [line.split()[-2] for line in Muon(groups, lr=0.02).report().splitlines()[2:4]] == ["0.04", "0.2"]
+    lines = [line.split() for line in Muon(groups, lr=0.02).report().splitlines()[2:4]]
+    assert [(line[0], line[-2]) for line in lines] == [("0.0", "0.04"), ("1.0", "0.2")]
 
 
 def test_a_model_may_have_several_heads():
@@ -159,6 +181,35 @@ def test_a_tied_weight_is_a_norms_or_an_embeddings_by_any_owner():
         linear.weight = owner.weight
         for pair in ((linear, owner), (owner, linear)):
             assert routed(nn.Sequential(*pair, nn.Linear(4, 4)))["0.weight"] == (rule, "adamw")
+
+
+def test_a_tied_weight_is_depthwise_by_any_owner():
+    deep, conv = nn.Conv1d(4, 4, 3, groups=4, bias=False), nn.Conv1d(1, 4, 3, bias=False)
+    conv.weight = deep.weight
+    for pair in ((deep, conv), (conv, deep)):
+        found = routed(nn.Sequential(*pair, nn.Linear(4, 4, bias=False)))
+        assert found == {"0.weight": ("depthwise", "adamw"), "2.weight": ("matrix", "muon")}
+
+
+def test_what_is_derived_from_an_embedding_is_one():
+    table = type("Scaled", (nn.Embedding,), {})(5, 4)
+    assert routed(nn.Sequential(table, nn.Linear(4, 4)))["0.weight"] == ("embedding", "adamw")
+
+
+def test_layouts_that_agree_are_one():
+    """On a module that is used twice, and on a module and its weight."""
+    layer = nn.Linear(4, 6, bias=False)
+    layer.muon_layout, layer.weight.muon_layout = Layout(blocks=3), {"blocks": 3}
+    (group,) = param_groups(nn.ModuleList([layer, nn.ModuleList([layer])]), head=())
+    assert group["layout"] == Layout(blocks=3)
+
+
+def test_a_head_may_have_several_weights():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4, bias=False), "head": nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))})
+    model.get_output_embeddings = lambda: model["head"]
+    found = routed(model, head=None)
+    assert found["head.0.weight"] == found["head.1.weight"] == ("output head", "adamw")
+    assert found["body.weight"] == ("matrix", "muon")
 
 
 def test_the_head_of_a_bag_of_embeddings_is_found():

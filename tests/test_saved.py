@@ -42,6 +42,23 @@ def test_a_frozen_parameter_has_no_state_until_it_has_thawed():
         third.load_state_dict(saved)
 
 
+def test_a_state_is_looked_at_also_while_its_parameter_is_frozen():
+    w, frozen = weight(2, 3), weight(3, 2)
+    saved = stepped(w, frozen).state_dict()
+    saved["state"][1]["momentum_buffer"] = torch.full((3, 2), float("nan"))
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"state 'momentum_buffer' of parameter 0\.1 is not finite"):
+        Muon([w, frozen]).load_state_dict(saved)
+
+
+def test_another_layout_is_not_loaded_where_the_state_would_fit():
+    saved = stepped(weight(12, 3), layout=Layout(blocks=2)).state_dict()
+    optimizer = Muon([weight(12, 3)], layout=Layout(blocks=3))
+    with pytest.raises(ValueError, match=r"group 0 of the state dict is for .*'blocks': 2.* but the optimizer has .*blocks=3"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["layout"] == Layout(blocks=3)
+
+
 def test_loading_leaves_no_hook_behind():
     optimizer = stepped(weight(2, 3))
     optimizer.load_state_dict(optimizer.state_dict())
@@ -87,6 +104,20 @@ def test_a_step_may_be_a_number():
     assert state["step"].dtype == torch.float32 and state["step"].item() == 7
 
 
+def test_a_parameter_that_waits_for_its_first_gradient_has_no_steps_yet():
+    first, second = weight(3), weight(3)
+    optimizer, other = Muon([first, second], algorithm="adamw"), Muon([weight(3), weight(3)], algorithm="adamw")
+    first.grad = torch.ones(3)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    assert [state["step"].item() for state in other.state.values()] == [1, 0]
+
+
+def test_adamw_has_no_variance_of_rows():
+    (state,) = stepped(weight(3), algorithm="adamw", normuon_beta2=0.95).state.values()
+    assert state.keys() == {"exp_avg", "exp_avg_sq", "step"}
+
+
 def test_what_is_loaded_has_no_graph():
     saved = stepped(weight(2, 3)).state_dict()
     saved["state"][0]["momentum_buffer"].requires_grad_()
@@ -112,6 +143,21 @@ def test_a_state_of_half_precision_is_widened():
     theirs.step()
     ours.load_state_dict(theirs.state_dict())
     accept.same_bits(actual=ours.state[q]["momentum_buffer"], expected=theirs.state[p]["momentum_buffer"].float())
+
+
+@pytest.mark.parametrize("state", [None, [], [3]], ids=str)
+def test_what_is_no_dict_of_states_is_refused(state):
+    optimizer = Muon([weight(2, 3)])
+    with pytest.raises(ValueError, match="state"):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def test_a_learning_rate_without_a_value_is_refused():
+    optimizer = stepped(weight(2, 3))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = torch.empty((), device="meta")
+    with pytest.raises(ValueError, match="state dict is not that of an optimizer"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +209,7 @@ def test_a_layout_of_other_things_than_sections_is_refused_by_name():
     "options",
     [
         {"adamw_betas": (np.float64(0.5), np.float32(0.75))},
+        {"adamw_betas": [0.5, 0.75]},
         {"ns_coefficients": [tuple(np.array([3.4445, -4.7750, 2.0315]))] * 5},
         {"layout": {"sections": [Section(2), Section(2, "adamw")]}},
     ],
