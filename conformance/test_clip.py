@@ -135,7 +135,7 @@ def test_sections_are_exempt_one_by_one(target: Target, device, shape, layout, c
 @given(some=st.lists(shapes, min_size=1, max_size=3), seed=seeds, data=st.data())
 def test_others_are_multiplied_by_the_coefficient(target: Target, device, dtype, clip_norm, some, seed, data):
     # The coefficient may be smaller than the numbers of the dtype, but gradients should not become so.
-    pairs = [(m, ratio) for m in MAGNITUDES[dtype] for ratio in (1e-47, 1e-3, 0.1, 0.999, 2.0)]
+    pairs = [(m, ratio) for m in MAGNITUDES[dtype] for ratio in (1e-47, 1e-43, 1e-39, 1e-3, 0.1, 0.999, 2.0)]
     magnitude, ratio = data.draw(st.sampled_from([(m, r) for m, r in pairs if m * r > torch.finfo(dtype).smallest_normal]))
     floor = data.draw(st.sampled_from([0.0, 0.0, 0.25])) if clip_norm == "own" else 0.0
     gradients = [(tensor(shape, seed + i, torch.float64).clamp(-1, 1) * magnitude).to(dtype) for i, shape in enumerate(some)]

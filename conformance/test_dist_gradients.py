@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh
@@ -144,9 +145,8 @@ def test_what_cannot_be_stepped_is_refused(validating: Target, device):
             accept.refuses(lambda: construct(validating, case, [q]), ValueError, "w0", "flatten")
         if kind == "outside":
             mine = mesh["a"].get_group()
-            accept.refuses(
-                lambda: validating.optimizer([("w0", torch.nn.Parameter(p))], HYPER, mine), ValueError, "process_group"
-            )
+            words = "process_group", "[0, 1, 2, 3]", str(dist.get_process_group_ranks(mine))
+            accept.refuses(lambda: validating.optimizer([("w0", torch.nn.Parameter(p))], HYPER, mine), ValueError, *words)
 
     for kind in ("partial", "cut in two", "convolution", "outside"):
         threads(4, build, kind)

@@ -119,6 +119,17 @@ def test_a_chain_inside_is_told_too():
     assert same([p.detach() for p in ps], [p.detach() for p in weights()])
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_torchs_fused_optimizers_are_told_on_the_device(kind):
+    ps = weights()
+    chain = ChainedOptimizer([kind(ps, fused=True)], **POLICY)
+    give(ps, 2, 1e6)
+    with Operations() as operations:
+        chain.step()
+    assert "aten::_local_scalar_dense" not in operations.names
+    assert same([p.detach() for p in ps], [p.detach() for p in weights()])
+
+
 @pytest.mark.parametrize("known", [None, 0.0, 1.0])
 def test_found_inf_is_as_it_was_also_after_an_error(known):
     ps = weights()
@@ -317,7 +328,9 @@ def test_clip_grad_norm_takes_groups_and_refuses_a_norm_that_is_not_finite_on_re
     chain = chain_of(ps)
     groups = [{**group, "params": [nn.Parameter(p.detach().clone()) for p in group["params"]]} for group in chain.param_groups]
     give([p for group in groups for p in group["params"]])
-    assert same(list(clip_grad_norm_(groups, 0.5)), list(clip_grad_norm_(chain, 0.5)))
+    with Operations() as operations:
+        assert same(list(clip_grad_norm_(groups, 0.5)), list(clip_grad_norm_(chain, 0.5)))
+    assert "aten::_local_scalar_dense" not in operations.names, "without error_if_nonfinite nobody waits"
     assert same([p.grad for g in groups for p in g["params"]], [p.grad for p in ps])
     ps[0].grad[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="cannot be clipped"):
@@ -350,6 +363,15 @@ def test_norms_of_an_earlier_step_are_gone():
     chain.log_grad_norm = False
     chain.step()
     assert list(chain.norms) == [None] * 3
+
+
+@pytest.mark.parametrize("policy", [{}, {"grad_norm_skip_threshold": 1e9}], ids=str)
+def test_a_norm_of_everything_is_not_made_for_a_clipping_that_nobody_asked_for(policy):
+    ps = weights()
+    chain = chain_of(ps, clip_norm="global", **policy)
+    give(ps)
+    chain.step()
+    assert chain.norms.total is None and chain.norms.clipped is None
 
 
 def test_zeros_are_clipped_to_zero():

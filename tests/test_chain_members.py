@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
+from conformance.worlds import threads
 from impl import ChainedOptimizer, Muon, clip_grad_norm_
 from impl.norms import leaves
 
@@ -80,9 +83,10 @@ class Master:
         self.optimizer.step()
 
 
-def test_gradients_that_come_too_late_to_be_clipped_are_an_error():
+@pytest.mark.parametrize("policy", [{"clip_grad": 1.0}, {"grad_norm_skip_threshold": 1.0}], ids=str)
+def test_gradients_that_come_too_late_to_be_clipped_are_an_error(policy):
     with pytest.raises(RuntimeError, match="neither measured nor clipped"):
-        ChainedOptimizer([Master(weight(1e6))], clip_grad=1.0).step()
+        ChainedOptimizer([Master(weight(1e6))], **policy).step()
     ChainedOptimizer([Master(weight(1e6))]).step()
 
 
@@ -214,6 +218,34 @@ def test_a_wrapper_may_show_the_groups_of_its_optimizer():
     exempt.skip_grad_norm_clip = True
     norms = clip_grad_norm_(SimpleNamespace(optimizer=exempt, param_groups=exempt.param_groups), 0.5)
     assert norms.threshold == 0 and exempt.param_groups[0]["params"][0].grad.eq(1).all()
+
+
+def complex_shards(rank: int) -> float:
+    """The norm of a complex gradient, of which each of two ranks has a half; it is clipped to half of it."""
+    mesh, values = DeviceMesh("cpu", [0, 1]), torch.tensor([[0, 3 + 4j], [12j, 0]], dtype=torch.complex64)[rank]
+    p = nn.Parameter(DTensor.from_local(torch.zeros_like(values), mesh, [Shard(0)], run_check=False))
+    p.grad = DTensor.from_local(values.clone(), mesh, [Shard(0)], run_check=False)
+    total = clip_grad_norm_(torch.optim.SGD([p]), 6.5).total
+    torch.testing.assert_close(p.grad.to_local(), values / 2)
+    return float(total)
+
+
+def test_complex_gradients_have_a_norm_over_all_ranks():
+    assert threads(2, complex_shards) == [13.0, 13.0]
+
+
+@pytest.mark.parametrize("attribute", ["optimizers", "chained_optimizers"])
+def test_a_container_may_show_the_first_of_its_optimizers(attribute):
+    members = [torch.optim.SGD([weight(1.0)]) for _ in range(2)]
+    assert clip_grad_norm_(SimpleNamespace(optimizer=members[0], **{attribute: members}), 0.5).total == 48**0.5
+
+
+def test_an_optimizer_may_be_iterated_over():
+    class Container(torch.optim.SGD):
+        def __iter__(self):
+            return iter([self])
+
+    assert clip_grad_norm_(Container([weight(1.0)]), 0.5).clipped == 24**0.5
 
 
 def test_a_chain_says_whether_all_in_it_is_exempt():

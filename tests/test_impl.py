@@ -386,8 +386,10 @@ def test_of_a_gradient_that_lies_across_the_same_sections_are_clipped(dtype):
         assert (straight is None and across is None) or torch.equal(straight, across)
 
 
-def test_the_norm_of_nothing_is_a_double():
-    p = nn.Parameter(torch.ones(0, 5))
-    p.grad = torch.ones(0, 5)
-    total = clip_grad_norm_(Muon([p], algorithm="adamw"), 1.0).total
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm_type", [2.0, torch.inf])
+def test_the_norm_of_nothing_is_a_double(norm_type, dtype):
+    p = nn.Parameter(torch.ones(0, 5, dtype=dtype))
+    p.grad = torch.ones(0, 5, dtype=dtype)
+    total = clip_grad_norm_(Muon([p], algorithm="adamw"), 1.0, norm_type).total
     assert (total.dtype, total.item()) == (torch.float64, 0.0)

@@ -149,6 +149,12 @@ def test_an_option_that_is_no_number_of_its_kind_is_refused_by_constructor_and_c
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(("option", "bad", "good"), [("lr", -1.0, 0.1), ("ns_steps", 0, 5), ("adamw_eps", 0.0, 1e-8)])
+def test_a_default_is_checked_also_where_every_group_has_its_own(option, bad, good):
+    with pytest.raises(ValueError, match=f"but is: {bad}"):
+        Muon([{"params": [weight(4, 6)], option: good}], **{option: bad})
+
+
 def test_a_checkpoint_may_not_combine_what_the_constructor_refuses_together():
     optimizer = Muon([weight(4, 6)], normuon_beta2=0.9)
     saved = optimizer.state_dict()

@@ -114,6 +114,16 @@ def test_the_dump_holds_gradients_as_they_are_descended(tmp_path):
     assert dump["0.0"]["gradient"][:, 1:].eq(-2.0).all()
 
 
+def test_the_dump_holds_averages_of_adamw(tmp_path):
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3))]}, {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw"}]
+    optimizer = Muon(groups, dump_nonfinite=tmp_path / "dump.pt")
+    p, q = (group["params"][0] for group in optimizer.param_groups)
+    p.grad, q.grad = torch.ones(2, 3), torch.tensor([1.0, NAN, 1.0])
+    optimizer.step()
+    dump = torch.load(tmp_path / "dump.pt", weights_only=True)
+    assert {name: sorted(found) for name, found in dump.items()} == {"1.0": ["exp_avg", "exp_avg_sq", "gradient", "step"]}
+
+
 def test_copies_keep_the_guard(alone):
     optimizer = Muon([nn.Parameter(torch.ones(2, 3))], process_group=alone, skip_nonfinite=True)
     one_step(optimizer, torch.full((2, 3), NAN))
@@ -291,6 +301,23 @@ def warnings_of(optimizer: Muon, G: torch.Tensor) -> list[str]:
     return [str(each.message) for each in found]
 
 
+def test_a_warning_is_of_the_line_that_looks():
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    one_step(optimizer, torch.full((2, 3), NAN))
+    with pytest.warns(RuntimeWarning, match="has skipped 1 step") as found:
+        optimizer.state_dict()
+    assert found[0].filename == __file__
+
+
+def test_a_warning_counts_each_reason_by_itself(monkeypatch):
+    optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
+    warnings_of(optimizer, torch.full((2, 3), NAN))
+    healthy = stages.orthogonalize
+    monkeypatch.setattr(stages, "orthogonalize", lambda *args: healthy(*args) * NAN)
+    (message,) = warnings_of(optimizer, torch.ones(2, 3))
+    assert "has skipped 2 steps: in 1 an orthogonalized update" in message and "; in 1 a gradient" in message
+
+
 def test_a_warning_tells_what_happened_and_a_copy_does_not_repeat_it():
     optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
     (message,) = warnings_of(optimizer, torch.full((2, 3), NAN))
@@ -310,6 +337,17 @@ def test_a_loss_scale_may_be_a_large_number():
         one_step(optimizer, torch.arange(6.0).view(2, 3) * (scale or 1.0))
         found.append(p.detach())
     assert found[0].equal(found[1]) and not found[0].eq(1).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_what_loss_scalers_tell_is_one_element(shape):
+    p = nn.Parameter(torch.ones(()))
+    optimizer = Muon([p], algorithm="adamw")
+    for found, moves in ((0.0, True), (1.0, False), (0.0, True)):
+        optimizer.grad_scale, optimizer.found_inf, before = torch.full(shape, 4.0), torch.full(shape, found), p.detach().clone()
+        one_step(optimizer, torch.tensor(4.0))
+        assert (p < before) == moves
+        assert all(T.shape == () for T in optimizer.state[p].values())
 
 
 def test_what_others_have_not_found_we_find_still():

@@ -172,6 +172,11 @@ def crossing(rank: int) -> None:
         alone.add_param_group({"params": [divided(T, T, mesh["a"]), divided(T, T, mesh["b"])]})
     assert alone.guard.process_group is None  # nothing has changed
     alone.add_param_group({"params": [divided(T, T, mesh["b"])]})
+    pair, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 2, 3])
+    if rank == 1:  # the larger has no more to say than the smaller
+        for meshes in ((pair, three), (three, pair)):
+            with pytest.raises(ValueError, match="give it a process_group of all ranks that should step together"):
+                Muon([divided(T, T, each) for each in meshes])
 
 
 def test_ranks_that_only_overlap_need_a_process_group():
