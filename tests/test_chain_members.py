@@ -99,6 +99,16 @@ def test_a_declaration_outlives_an_older_checkpoint():
     loaded = chain()
     loaded.load_state_dict(old)
     assert loaded.report().endswith("clipped: none")
+    del loaded.param_groups[0]["skip_grad_norm_clip"]
+    loaded.load_state_dict(chain().state_dict())
+    assert loaded.report().endswith("clipped: none"), "what a checkpoint declares"
+
+
+def test_members_are_those_that_it_was_given():
+    members = [torch.optim.SGD([weight(1.0)])]
+    chain = ChainedOptimizer(members)
+    members.append(torch.optim.SGD([weight(1.0)]))
+    assert len(chain.optimizers) == 1
 
 
 def test_the_host_hears_of_steps_above_the_threshold():
@@ -264,6 +274,10 @@ def test_norms_may_be_of_another_order():
     ps = [weight(1.0), weight(4.0)]
     assert [float(N) for N in clip_grad_norm_(torch.optim.SGD(ps), 2.0, INF)] == [4.0] * 3
     assert [float(p.grad.max()) for p in ps] == [0.5, 2.0]
+    ps = [weight(1.0), weight(4.0)]
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "skip_grad_norm_clip": True}]
+    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD(groups), 2.0, INF, clip_norm="global")] == [4.0, 4.0, 1.0]
+    assert [float(p.grad.max()) for p in ps] == [0.5, 4.0]
 
 
 def test_the_norm_of_what_is_infinite_is_infinite():

@@ -114,6 +114,12 @@ def test_the_dump_holds_gradients_as_they_are_descended(tmp_path):
     assert dump["0.0"]["gradient"][:, 1:].eq(-2.0).all()
 
 
+def test_the_dump_may_have_a_name_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_step(Muon([nn.Parameter(torch.ones(2, 3))], dump_nonfinite="bad.pt"), torch.full((2, 3), NAN))
+    assert list(torch.load(tmp_path / "bad.pt", weights_only=True)) == ["0.0"]
+
+
 def test_the_dump_holds_averages_of_adamw(tmp_path):
     groups = [{"params": [nn.Parameter(torch.ones(2, 3))]}, {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw"}]
     optimizer = Muon(groups, dump_nonfinite=tmp_path / "dump.pt")
@@ -315,7 +321,7 @@ def test_a_warning_counts_each_reason_by_itself(monkeypatch):
     healthy = stages.orthogonalize
     monkeypatch.setattr(stages, "orthogonalize", lambda *args: healthy(*args) * NAN)
     (message,) = warnings_of(optimizer, torch.ones(2, 3))
-    assert "has skipped 2 steps: in 1 an orthogonalized update" in message and "; in 1 a gradient" in message
+    assert "has skipped 2 steps: in 1 an orthogonalized update was not finite, and no weight has changed; in 1 a" in message
 
 
 def test_a_warning_tells_what_happened_and_a_copy_does_not_repeat_it():
