@@ -217,16 +217,22 @@ def test_orthogonalizations_at_tile_edges(device, m, n, dtype):
     assert orthogonalize.batch(X.shape, dtype, plan, 0.0, X.device, True, caller(device)).arena.untyped_storage().size() == 0
 
 
-@pytest.mark.parametrize("m, n", [(200, 128), (256, 72), (100, 128), (128, 100), (384, 128)])
-def test_orthogonalizations_write_their_result_alone(monkeypatch, device, m, n):
+@pytest.mark.parametrize(
+    "m, n, dtype",
+    [
+        *((m, n, torch.float32) for m, n in [(200, 128), (256, 72), (100, 128), (128, 100), (384, 128), (128, 129)]),
+        (128, 132, torch.bfloat16),
+    ],
+)
+def test_orthogonalizations_write_their_result_alone(monkeypatch, device, m, n, dtype):
     """The last product among them, which writes whole tiles to a result that has room for these, in whatever order."""
     if INTERPRETED:  # one program after the other: of three, the last meets the first matrix after others have met the second
         monkeypatch.setattr(general, "processors", lambda device: 3)
-    X = torch.stack([matrix((m, n), "moderate", seed) for seed in range(2)]).to(device)
-    out = poisoned((4, m, n), device, X.dtype)[1:3]
+    X = torch.stack([matrix((m, n), "moderate", seed).to(dtype) for seed in range(2)]).to(device)
+    out = poisoned((4, m, n), device, dtype)[1:3]
     monkeypatch.setattr(torch, "empty_like", lambda T: out)
     O = orthogonalize.orthogonalize(X, schedule("jordan", 2), 0.0)
-    assert O is out and accept.distance(O, impl.orthogonalize(X.cpu().double(), "jordan", 2)) < 8e-3
+    assert O is out and accept.distance(O, impl.orthogonalize(X.cpu().double(), "jordan", 2)) < 8e-3, dtype
     accept_outside(out)
 
 
@@ -272,7 +278,7 @@ def test_matrices_in_chunks_come_out_the_same(device, monkeypatch):
     together = orthogonalize.orthogonalize(X, plan, 0.0)
     monkeypatch.setattr(iteration, "SCRATCH", 4 * iteration.scratch_numbers(20, 30))
     orthogonalize.batch.cache_clear()
-    assert iteration.chunk(5, 20, 30) == 2
+    assert iteration.chunk(5, 20, 30) == 2 and iteration.chunk(3, 40000, 40000) == 1
     accept.same_bits(actual=orthogonalize.orthogonalize(X, plan, 0.0), expected=together)
     for x, o in zip(X, together, strict=True):
         accept.same_bits(actual=orthogonalize.orthogonalize(x[None], plan, 0.0)[0], expected=o)
@@ -298,6 +304,30 @@ def test_orthogonalizing_zero_and_what_is_not_finite(device, bad):
     X[2, 3, 4] = bad
     O = orthogonalize.orthogonalize(X, schedule("polar_express_s4", 5), 0.0)
     assert not O[1].any() and O[2].isnan().all() and O[[0, 3]].isfinite().all()
+
+
+def test_wide_matrices_of_entries_that_are_alike(device):
+    """Products of rows are as large as can be, and have as many terms as there are columns."""
+    X = torch.full((1, 3, 200), 3.0, device=device)
+    X[0, 0, 0] = -3
+    O = orthogonalize.orthogonalize(X, schedule("jordan", 1), 0.0)
+    assert accept.distance(O, impl.orthogonalize(X.cpu().double(), "jordan", 1)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("view", "dtype"),
+    [
+        (lambda X: X.mT, torch.float32),
+        (lambda X: X[:, ::2], torch.bfloat16),
+        (lambda X: X[:, :, 1:], torch.float16),
+    ],
+    ids=["transposed", "every other row", "but the first column"],
+)
+def test_views_of_every_dtype(device, view, dtype):
+    X = view(torch.randn(2, 10, 14, generator=torch.Generator().manual_seed(0)).to(device, dtype))
+    O, same = (orthogonalize.orthogonalize(each, schedule("jordan", 1), 0.0) for each in (X, X.contiguous().clone()))
+    accept.same_bits(actual=O, expected=same)
+    assert accept.distance(O, impl.orthogonalize(X.cpu().double(), "jordan", 1)) < 1e-2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -62,6 +62,11 @@ class Case:
     def meta(self, shape: Sequence[int]) -> Tensor:
         return cut(self.layout, torch.empty(*shape, device="meta"))[0][1]
 
+    def averages(self) -> Tensor:
+        """The table of NorMuon's averages."""
+        V = self.meta(self.V[0].shape)
+        return torch.cat([places.places(i, self.section, V, self.device) for i in range(len(self.V))])
+
     def source(
         self, momentum: bool = True, nesterov: bool = True, maximize: bool = False, scaled: float | None = None
     ) -> Source:
@@ -262,11 +267,9 @@ def test_rows_are_evened_out(device, shape, layout):
     O, batch = case.orthogonalized()
     O[0] = batch[0] = 0
     B, rows, columns = O.shape
-    V = cut(case.layout, torch.empty(case.V[0].shape, device="meta"))[0][1]
-    table = torch.cat([places.places(i, case.section, V, device) for i in range(3)])
     squares, factors = (poisoned((B, rows), device, torch.float32) for _ in range(2))
     before = case.matrices(case.V)
-    where = (table, case.pointers, 3, case.code, 0.9)
+    where = (case.averages(), case.pointers, 3, case.code, 0.9)
     case.code.fill_(1)
     for run in variance(batch, rows, columns, *where, squares, factors):
         run()
@@ -285,6 +288,39 @@ def test_rows_are_evened_out(device, shape, layout):
     W = case.stepped(O, rows=factors)
     apply(case.source(), batch, case.code, SCALE, factors)()
     accept.same_bits(actual=case.matrices(case.W), expected=W)
+
+
+def test_rows_that_are_small_or_zero_in_the_first_step(device):
+    case = Case((9, 40), device, count=2)
+    O, batch = case.orthogonalized()
+    O[:, 0] = batch[:, 0] = 0
+    O[:, 1] = batch[:, 1] = 2.0**-20
+    for V in case.V:
+        V.zero_()
+    squares, factors = (poisoned((2, 9), device, torch.float32) for _ in range(2))
+    for run in variance(batch, 9, 40, case.averages(), case.pointers, 2, case.code, 0.9, squares, factors):
+        run()
+    expected, _ = normalize_rows(O.double(), torch.zeros(2, 9, 1, dtype=torch.float64, device=device), 0.9)
+    torch.testing.assert_close((O * factors[:, :, None]).double(), expected, rtol=2e-5, atol=1e-9)
+
+
+def test_matrices_that_are_far_apart(device, tmp_path):
+    """Further than 2^31 entries; in the interpreter in a file, of which a few pages are written to."""
+    case = Case((2, 64), device, count=3)
+    size, path = 3 * 2**30, str(tmp_path / "far")
+    far = torch.from_file(path, True, size, dtype=torch.float16) if INTERPRETED else torch.empty(size, dtype=torch.float16)
+    far = far.to(device).view(3, 2**24, 64)
+    far[:, :2] = O = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(2)).to(device, torch.float16)
+    squares, factors = torch.zeros(2, 3, 2, device=device)
+    for run in variance(far, 2, 64, case.averages(), case.pointers, 3, case.code, 0.9, squares, factors):
+        run()
+    torch.testing.assert_close(squares.double(), O.double().square().sum(-1), rtol=1e-5, atol=0)
+    W = case.stepped(O)
+    apply(case.source(), far, case.code, SCALE)()
+    accept.same_bits(actual=case.matrices(case.W), expected=W)
+    out = poisoned((3, 2, 64), device, torch.float32)
+    unpack(far, out)()
+    accept.same_bits(actual=out, expected=O.float())
 
 
 @pytest.mark.parametrize("squares", [True, False])

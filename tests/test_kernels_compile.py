@@ -150,6 +150,9 @@ def faults(launch: Launch, arch: int, folder: Path) -> list[str]:
     multiplies = "a" in arguments and "d" in arguments
     vectors = not arguments.get("ALIGNED") or re.search(r"ld\.global(\.\w+)*\.v4", kernel.asm["ptx"])
     wrong += [] if vectors else [f"{what}: moves less than 16 bytes at a time"]
+    # What must come to the same bits in several kernels, and in torch.
+    rounds = function.__name__ in ("prepare_kernel", "again_kernel", "apply_kernel")
+    wrong += [f"{what}: a product and a sum are rounded as one"] * (rounds and "fma.rn" in kernel.asm["ptx"])
     return wrong + [f"{what}: no wgmma"] * (multiplies and arch == 90 and "wgmma.mma_async" not in kernel.asm["ptx"])
 
 

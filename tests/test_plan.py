@@ -45,10 +45,18 @@ def test_parameters_of_every_dtype(device, take, dtype):
     accept_same_steps(take, lambda: make(device, shapes, dtype), random_gradients(shapes, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_gradients_of_another_dtype(device, take, dtype):
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+    ],
+)
+def test_gradients_of_another_dtype(device, take, weight, dtype):
     """A gradient can be wider or narrower than its parameter where torch allows it (`grad_dtype`, torch 2.11)."""
-    p = nn.Parameter(tensor((8, 8), 0).to(device, torch.bfloat16 if dtype == torch.float32 else torch.float32))
+    p = nn.Parameter(tensor((8, 8), 0).to(device, weight))
     if not hasattr(p, "grad_dtype"):
         pytest.skip("this torch knows no grad_dtype")
 
@@ -97,7 +105,7 @@ def test_many_gradients_that_go_missing(device, take):
     accept_same_steps(take, lambda: make(device, shapes), gradients)
 
 
-@pytest.mark.parametrize("scale", [3.0])
+@pytest.mark.parametrize("scale", [3.0, [3.0]], ids=str)
 def test_the_loss_scale(device, take, scale):
     shapes = [((24, 40), {}), ((5,), {"algorithm": "adamw"})]
 

@@ -3,12 +3,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conformance import accept
+from conformance.strategies import tensor
 from conformance.targets.impl import Target
 from impl import Layout, Muon
-from tests.planned import accept_same_steps, make, random_gradients, states, weights
+from tests.planned import STEPS, accept_same_steps, make, random_gradients, states, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
 SHAPES = [((9, 5), {})]
@@ -20,7 +21,8 @@ def test_an_option_that_changes_alone(device, take, news):
     def change(optimizer: Muon, step: int) -> None:
         optimizer.param_groups[0].update(news if step else {})
 
-    accept_same_steps(take, lambda: make(device, SHAPES), random_gradients(SHAPES, 2), change)
+    # One quintic: more would amplify what the kernels round.
+    accept_same_steps(take, lambda: make(device, SHAPES, ns_steps=1), random_gradients(SHAPES, 2), change)
 
 
 def test_numbers_that_are_written_to(device, take):
@@ -44,6 +46,51 @@ def test_parameters_that_change_places(device, take):
     accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 2), change)
 
 
+def test_a_parameter_that_moves_to_another_group(device, take):
+    shapes = [((9, 5), {"lr": 0.1}), ((9, 5), {"weight_decay": 0.5})]
+
+    def build() -> Muon:
+        optimizer = make(device, shapes)
+        optimizer.param_groups[0]["params"].append(nn.Parameter(tensor((9, 5), 7).to(device)))
+        return optimizer
+
+    def change(optimizer: Muon, step: int) -> None:
+        first, second = optimizer.param_groups
+        if step:
+            second["params"].insert(0, first["params"].pop())
+
+    accept_same_steps(take, build, random_gradients([*shapes, ((9, 5), {})], 2), change)
+
+
+def test_parameters_of_one_size_that_change_places(device, take):
+    """And have other shapes."""
+
+    def build() -> Muon:
+        parameters = [nn.Parameter(tensor(shape, 3).to(device)) for shape in ((9, 5), (5, 9))]
+        return Muon(parameters, lr=0.02, ns_coefficients="jordan", ns_steps=STEPS)
+
+    def change(optimizer: Muon, step: int) -> None:
+        parameters = optimizer.param_groups[0]["params"]
+        if step:
+            parameters.reverse()
+        for i, p in enumerate(parameters):
+            p.grad = tensor(tuple(p.shape), i).to(device)
+
+    accept_same_steps(take, build, [[None, None]] * 3, change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_goes_missing_needs_no_new_plan(device, take, dtype):
+    seen, gradients = [], random_gradients(SHAPES * 2, 2)
+    gradients[1][0] = None
+    optimizer = take(True, make(device, SHAPES * 2, dtype), gradients, lambda each, step: seen.extend(each.plans.values()))
+    assert seen[0] is next(iter(optimizer.plans.values()))
+
+
+def test_normuon_without_a_memory(device, take):
+    accept_same_steps(take, lambda: make(device, SHAPES, normuon_beta2=0.0), random_gradients(SHAPES, 2))
+
+
 def test_a_gradient_that_lies_across(device, take):
     def change(optimizer: Muon, step: int) -> None:
         p = optimizer.param_groups[0]["params"][0]
@@ -52,13 +99,13 @@ def test_a_gradient_that_lies_across(device, take):
     accept_same_steps(take, lambda: make(device, SHAPES), random_gradients(SHAPES, 1), change)
 
 
-@pytest.mark.parametrize("which", ["weight", "gradient", "momentum"])
-def test_tensors_that_are_no_longer_aligned(device, take, which):
+@pytest.mark.parametrize(("which", "entries"), [("weight", 1), ("weight", 2), ("gradient", 1), ("momentum", 1)])
+def test_tensors_that_are_no_longer_aligned(device, take, which, entries):
     """A plan for tensors at multiples of 16 bytes moves 16 bytes at a time."""
     shapes, seen = [((8, 16), {})], []
 
     def off(T: Tensor) -> Tensor:
-        return torch.cat([T.new_zeros(1), T.flatten()])[1:].view(T.shape)
+        return torch.cat([T.new_zeros(entries), T.flatten()])[entries:].view(T.shape)
 
     def change(optimizer: Muon, step: int) -> None:
         seen.extend(optimizer.plans.values())
