@@ -54,9 +54,9 @@ def aligned(p: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 def signature(entries: Sequence[Entry], state: States, scaled: bool) -> tuple[Any, ...]:
     """All that a plan depends on. Values that change from step to step, and addresses, it reads again in each."""
-    options = ("ns_coefficients", "ns_steps", "eps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
+    options = ("ns_coefficients", "ns_steps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
     unique = {id(group): group for group, _ in entries}
-    groups = {key: repr([group[option] for option in options]) for key, group in unique.items()}
+    groups = {key: repr([float(group["eps"]), *(group[o] for o in options)]) for key, group in unique.items()}
     numbers = {key: i for i, key in enumerate(groups)}
     members = tuple((numbers[id(group)], p.shape, p.dtype, gradient_dtype(p), aligned(p, state[p])) for group, p in entries)
     return scaled, tuple(groups.values()), members

@@ -128,7 +128,8 @@ class ChainedOptimizer(Optimizer):
         if clips:
             factor = coefficient(torch.as_tensor(self.norms.clipped), float(self.clip_grad or 0.0), self.floor)
             scale(found, factor if skip is None else torch.where(skip, 1.0, factor))
-        unseen = [leaf for leaf in found if not any(True for _ in gradients([leaf]))] if watches or clips else []
+        silent = [leaf for leaf in found if not any(True for _ in gradients([leaf]))] if watches or clips else []
+        unseen = [leaf for leaf in silent if leaf.clips() or self.clip_norm == "global"]
         self._step_members(found, skip)
         if any(True for _ in gradients(unseen)):
             raise RuntimeError(
@@ -217,7 +218,8 @@ class ChainedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` saved; where one member refuses its part, those before it go back to what they had."""
-        saved = state_dict.get("optimizers", ()) if isinstance(state_dict, dict) else ()
+        saved = state_dict.get("optimizers") if isinstance(state_dict, dict) else None
+        saved = saved if isinstance(saved, (list, tuple)) else ()
         if len(saved) != len(self.optimizers):
             raise ValueError(f"the state dict is of {len(saved)} optimizers but the chain has {len(self.optimizers)}")
         before = self.state_dict()["optimizers"]

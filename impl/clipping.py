@@ -30,7 +30,7 @@ def scale(found: Iterable[Leaf], factor: Tensor) -> None:
         if clipped(each.group, each.exempt) == "none":
             continue
         whole = each.G.contiguous()
-        for part in each.split(whole)[0]:
+        for part in each.split(whole, each.p.grad)[0]:
             wide = part.to(torch.promote_types(part.dtype, torch.float32))
             for power in (first, last):
                 wide.mul_(power.to(wide.device, wide.dtype, non_blocking=True))
@@ -93,7 +93,8 @@ def clip_grad_norm_(
 
 def _with_groups(optimizer: Any) -> Any:
     """An optimizer as it is; a list of groups as something that has them."""
-    if isinstance(optimizer, Tensor) or (isinstance(optimizer, Iterable) and not hasattr(optimizer, "param_groups")):
+    holds = any(hasattr(optimizer, name) for name in ("param_groups", "optimizers", "chained_optimizers"))
+    if isinstance(optimizer, Tensor) or (isinstance(optimizer, Iterable) and not holds):
         groups = [optimizer] if isinstance(optimizer, Tensor) else list(optimizer)
         if not all(isinstance(group, Mapping) for group in groups):
             raise TypeError(

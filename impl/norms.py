@@ -91,14 +91,14 @@ class Gradient(NamedTuple):
     p: Tensor
     G: Tensor
 
-    def split(self, G: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The parts of a tensor of G's shape that are clipped, and those that are not; views if it is contiguous."""
+    def split(self, G: Tensor, whole: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of G, this rank's part of `whole`, that are clipped, and those that are not; views if it is contiguous."""
         what = clipped(self.group, self.exempt)
         if what != "adamw":
             return ([G], []) if what == "all" else ([], [G])
         G = G.contiguous()
-        if isinstance(self.p, DTensor):
-            parts = own_sections(self.p, Layout.of(self.group["layout"]), G)
+        if isinstance(whole, DTensor):
+            parts = own_sections(whole, Layout.of(self.group["layout"]), G)
         else:
             parts = [(section.algorithm, T) for section, T in pieces(self.group, G)]
         return [T for algorithm, T in parts if algorithm == "adamw"], [T for algorithm, T in parts if algorithm == "muon"]
@@ -139,7 +139,7 @@ def grad_norms(
 
     results = []
     for process_group, (mine, loud) in _by_ranks(found, silent).items():
-        parts = [each.split(counted(each)) for each in mine]
+        parts = [each.split(counted(each), each.p) for each in mine]
         some = [norm(T, norm_type) for clip, _ in parts for T in clip]
         exempt = [norm(T, norm_type) for _, others in parts for T in others] if total else []
         both = torch.stack([combined(some), combined(some + exempt)])
@@ -159,16 +159,21 @@ def _by_ranks(
     there = {id(each.p): each for each in gradients(found)}
     same: dict[Any, dist.ProcessGroup | None] = {}
     sorted_: dict[dist.ProcessGroup | None, tuple[list[Gradient], bool]] = {}
+
+    def add(process_group: dist.ProcessGroup | None, loud: bool, some: Iterable[Gradient] = ()) -> None:
+        """To the first process group of the same ranks."""
+        ranks = None if process_group is None else tuple(dist.get_process_group_ranks(process_group))
+        first = same.setdefault(ranks, process_group)
+        mine, known = sorted_.get(first, ([], False))
+        sorted_[first] = [*mine, *some], known or loud
+
     for leaf in found:
-        sorted_.setdefault(leaf.process_group, ([], leaf.process_group not in silent))
+        add(leaf.process_group, leaf.process_group not in silent)
         for group in leaf.optimizer.param_groups:
+            loud = clipped(group, leaf.exempt) != "none"
             for p in group["params"]:
-                ranks = group_of(p, leaf.process_group)
-                ranks = same.setdefault(None if ranks is None else tuple(dist.get_process_group_ranks(ranks)), ranks)
-                mine, loud = sorted_.get(ranks, ([], False))
-                if id(p) in there:
-                    mine.append(there.pop(id(p)))
-                sorted_[ranks] = mine, loud or (isinstance(p, DTensor) and clipped(group, leaf.exempt) != "none")
+                some = [there.pop(id(p))] if id(p) in there else []
+                add(group_of(p, leaf.process_group), loud and isinstance(p, DTensor), some)
     return sorted_
 
 

@@ -35,7 +35,7 @@ class Operands:
         self.values: list[list[float | None]] = [[None] * 4 for _ in groups]
         self.addresses = [0] * (4 * count)
         self.pointers = torch.zeros(4 * count + 8, dtype=torch.int64, device=device)
-        self.grad_scale = torch.ones((), device=device) if scaled else None
+        self.grad_scale = torch.ones((), dtype=torch.float32, device=device) if scaled else None
 
     def source(self, group: int, form: Form, tall: bool, aligned: bool, table: Tensor) -> Any:
         """What kernels are told of matrices of a group; see kernels/prepare.py."""

@@ -73,7 +73,9 @@ def import_state(optimizer: Muon, state_dict: Mapping[str, Any], params: Sequenc
             sorts each group that it orthogonalizes by size, `sorted(group, key=lambda p: p.size(), reverse=True)`.
         origin: as in `like`. A momentum that is a sum is multiplied by 1 - momentum of the parameter's group.
     """
-    other, theirs = _origin(origin), state_dict["state"]
+    other, theirs = _origin(origin), state_dict.get("state")
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"state_dict should have a dict of states by number under 'state' but has: {theirs!r:.80}")
     position = {id(p): i for i, p in enumerate(params)}
     saved: dict[int, dict[str, Any]] = {}
     number = 0
@@ -88,6 +90,10 @@ def import_state(optimizer: Muon, state_dict: Mapping[str, Any], params: Sequenc
                     continue
                 if their not in found:
                     raise ValueError(f"{origin}'s state of parameter {name} should have {their!r} but has {sorted(found)}")
+                if not isinstance(found[their], (Tensor, int, float)):
+                    raise ValueError(
+                        f"{origin}'s {their!r} of parameter {name} should be a tensor but is: {found[their]!r:.80}"
+                    )
                 factor = 1 - group["momentum"] if key == "momentum_buffer" and not other.average else 1
                 state[key] = factor * torch.as_tensor(found[their]).to(state[key].device, state[key].dtype)
             if found is not None or p.requires_grad:

@@ -72,7 +72,7 @@ class Owned:
             if not jobs:
                 continue
             height, width = jobs[0].matrix.size
-            V, row_scale, squares = torch.zeros(3, len(jobs), height, device=device)
+            V, row_scale, squares = torch.zeros(3, len(jobs), height, dtype=torch.float32, device=device)
             table = places(0, Section(height), torch.empty(len(jobs), 1, 1, height, 1, device="meta"), device)
             pointers = torch.tensor([0, 0, 1, V.data_ptr()], dtype=torch.int64, device=device)
             where = (height, width, table, pointers, 1, code)

@@ -116,7 +116,7 @@ class Plan:
         for part, where, (table, V) in _spread(parts):
             group, row_scale = self.operands.groups[part.group], None
             if V is not None:
-                squares, row_scale = torch.zeros(2, len(table), part.rows, device=self.device)
+                squares, row_scale = torch.zeros(2, len(table), part.rows, dtype=torch.float32, device=self.device)
                 there = (part.rows, part.columns, V, self.operands.pointers, len(self.entries), self.code)
                 self.applies += variance(O[where], *there, group["normuon_beta2"], squares, row_scale)
             scale = lr_scale(part.rows, part.columns, group["adjust_lr_fn"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from impl.layout import Layout, check_layout
-from impl.options import OPTIONS
+from impl.options import OPTIONS, algorithms
 
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
@@ -81,7 +81,7 @@ def param_groups(
         like = tuple((k, id(v) if isinstance(v, Tensor) else repr(v)) for k, v in group.items())
         same = groups.setdefault(like, {"params": [], **group})
         same["params"].append((names[0], p))
-    if not any(group["algorithm"] == "muon" for group in groups.values()):
+    if not any("muon" in algorithms(group) for group in groups.values()):
         raise ValueError(f"nothing in this model would be orthogonalized; its parameters are {_first_names(aliases)}")
     return list(groups.values())
 
@@ -206,7 +206,7 @@ def _declared(name: str, p: Tensor, owner: nn.Module) -> Layout | None:
     """The layout that a parameter has as an attribute, or that its module has for it: for its `weight`, or by name."""
     found, here = getattr(owner, "muon_layout", None), name.rpartition(".")[2]
     by_name = found if isinstance(found, Mapping) else {} if found is None else {"weight": found}
-    if unknown := by_name.keys() - dict(owner.named_parameters(recurse=False)).keys():
+    if unknown := by_name.keys() - dict(owner.named_parameters(recurse=False, remove_duplicate=False)).keys():
         raise ValueError(f"muon_layout of {type(owner).__name__}, which has {name}, names {sorted(unknown)}, which it has not")
     layouts = [Layout.of(layout) for layout in (getattr(p, "muon_layout", None), by_name.get(here)) if layout is not None]
     if len(set(layouts)) > 1:

@@ -24,7 +24,7 @@ from impl.schedules import schedule
 from impl.sharded_plan import ShardedPlan
 from impl.shards import Matrix, Rect, matrices, rows
 from impl.skip import GRADIENT, ORTHOGONALIZATION
-from impl.stages import adamw, adamw_magnitudes, descent, rate, write
+from impl.stages import adamw, adamw_magnitudes, descent, number, write
 from impl.state import state_dtype
 
 # Options that a Sharded is made for; others may change from step to step.
@@ -187,7 +187,7 @@ class Sharded:
             options, W, G = self.entries[i][0], self._part(i, self.weights[i], rect), self._part(i, self.directions[i], rect)
             mean, square = (self._part(i, T, rect) for T in self._averages(i))
             old = {"W": W.to(G.dtype), "exp_avg": mean, "exp_avg_sq": square, "G": G}
-            new = adamw(options, old, steps[i], rate(options) * options["adamw_lr_ratio"])
+            new = adamw(options, old, steps[i], number(options["lr"]) * options["adamw_lr_ratio"])
             for target, value in ((W, new["W"]), (mean, new["exp_avg"]), (square, new["exp_avg_sq"])):
                 write(target, value.to(target.dtype), skip[i])
         for i, step in steps.items():

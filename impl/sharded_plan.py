@@ -86,7 +86,7 @@ class ShardedPlan:
         X = run.rows(held)[:, :, : run.wide(held).shape[2]]
         row_scale = None
         if run.first.averages:
-            row_scale = torch.zeros(len(run.blocks), run.first.rect.rows, device=self.device)
+            row_scale = torch.zeros(len(run.blocks), run.first.rect.rows, dtype=torch.float32, device=self.device)
             self.averaged.append((run, held, row_scale))
         if not X.numel():  # rows of which this rank has averages alone
             return

@@ -45,7 +45,7 @@ def scalar(value: Tensor | float, device: torch.device) -> Tensor:
     """A number that may be a tensor of one element, as a tensor without dimensions on `device`, without waiting."""
     if isinstance(value, Tensor):
         return value.reshape(()).to(device, non_blocking=True)
-    return torch.full((), value, device=device)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def agree(code: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:

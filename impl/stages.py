@@ -61,20 +61,24 @@ def descent(group: Mapping[str, Any], G: Tensor, dtype: torch.dtype, grad_scale:
     return -G if group["maximize"] else G
 
 
-def rate(group: Mapping[str, Any]) -> Any:
-    """The learning rate: in float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor lr."""
-    return group["lr"].reshape(()).double() if isinstance(group["lr"], Tensor) else group["lr"]
+def number(option: Any) -> Any:
+    """An option that may be a tensor of one element, to be calculated with.
+
+    It has no dimensions then, and is in float64, so that 1 - lr * weight_decay is right whatever the dtype of a tensor.
+    """
+    return option.reshape(()).double() if isinstance(option, Tensor) else option
 
 
 def descend(group: Mapping[str, Any], W: Tensor, O: Tensor, scale: float) -> Tensor:
     """A part's new weight, in W's precision.   [SPEC: DECAY-1]"""
-    lr = rate(group)
+    lr = number(group["lr"])
     # Products, then a difference: each rounded by itself, so an entry's bits do not depend on its position.
-    return (W * (1 - lr * group["weight_decay"])).sub_(O * (lr * scale))
+    return (W * (1 - lr * number(group["weight_decay"]))).sub_(O * (lr * scale))
 
 
-def momentum(M: Tensor, G: Tensor, beta: float, nesterov: bool) -> tuple[Tensor, Tensor]:
+def momentum(M: Tensor, G: Tensor, beta: float | Tensor, nesterov: bool) -> tuple[Tensor, Tensor]:
     """The new average and the direction: (M, U), which are one tensor without `nesterov`.   [SPEC: MOM-1, MOM-2]"""
+    beta = number(beta)
     # Not lerp, whose difference of M and G overflows where both are huge and of opposite sign.
     new = G * (1 - beta)
     M = (M * beta).add_(new)
@@ -110,7 +114,7 @@ def adamw(group: Mapping[str, Any], part: Mapping[str, Tensor], step: Tensor, lr
     steps = step.double()
     mean = exp_avg / (1 - beta1**steps)
     deviation = (exp_avg_sq / (1 - beta2**steps)).sqrt_()
-    W = part["W"] * (1 - lr * group["weight_decay"])
+    W = part["W"] * (1 - lr * number(group["weight_decay"]))
     W.sub_(mean.div_(deviation.add_(group["adamw_eps"])).mul_(lr))
     return {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
@@ -168,7 +172,7 @@ def apply(
             write(part["W"], descend(group, part["W"], O.reshape(part["W"].shape), scale), skip)
         else:
             assert step is not None
-            for key, value in adamw(group, part, step, rate(group) * group["adamw_lr_ratio"]).items():
+            for key, value in adamw(group, part, step, number(group["lr"]) * group["adamw_lr_ratio"]).items():
                 write(part[key], value, skip)
     if step is not None:
         write(state["step"], step, skip)

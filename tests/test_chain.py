@@ -222,6 +222,8 @@ def test_a_state_dict_of_another_number_of_members_is_refused(spoil):
     spoil(saved["optimizers"])
     with pytest.raises(ValueError, match=f"{len(saved['optimizers'])} optimizers but the chain has 2"):
         chain.load_state_dict(saved)
+    with pytest.raises(ValueError, match="0 optimizers but the chain has 2"):
+        chain.load_state_dict({"optimizers": None})
 
 
 def test_where_one_member_refuses_its_state_all_keep_theirs():

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from conformance.worlds import threads
-from impl import ChainedOptimizer, Muon, clip_grad_norm_
+from impl import ChainedOptimizer, Layout, Muon, Section, clip_grad_norm_
 from impl.norms import leaves
 
 INF = float("inf")
@@ -88,6 +88,11 @@ def test_gradients_that_come_too_late_to_be_clipped_are_an_error(policy):
     with pytest.raises(RuntimeError, match="neither measured nor clipped"):
         ChainedOptimizer([Master(weight(1e6))], **policy).step()
     ChainedOptimizer([Master(weight(1e6))]).step()
+    first, second = Master(weight(1e6)), Master(weight(1e6))
+    first.skip_grad_norm_clip = second.skip_grad_norm_clip = True
+    ChainedOptimizer([first, torch.optim.SGD([weight(0.1)])], **policy).step()
+    with pytest.raises(RuntimeError, match="neither measured nor clipped"):
+        ChainedOptimizer([second, torch.optim.SGD([weight(0.1)])], **policy, clip_norm="global").step()
 
 
 def test_a_declaration_outlives_an_older_checkpoint():
@@ -244,6 +249,48 @@ def test_complex_gradients_have_a_norm_over_all_ranks():
     assert threads(2, complex_shards) == [13.0, 13.0]
 
 
+def in_sections(rank: int, place: Placement) -> list[float]:
+    """A gradient of a divided weight, placed otherwise: rows, of which AdamW steps the last two, after clipping by half."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    p = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0)], run_check=False))
+    p.grad = DTensor.from_local(torch.full((8, 3), 0.5 if place.is_partial() else 1.0), mesh, [place], run_check=False)
+    clip_grad_norm_(Muon([p], layout=Layout(sections=(Section(6), Section(2, "adamw")))), 6**0.5 / 2)
+    return p.grad.full_tensor()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("place", [Partial(), Replicate()], ids=str)
+def test_sections_of_gradients_that_are_placed_otherwise(place):
+    assert threads(2, in_sections, place) == [[1, 1, 1, 1, 1, 1, 0.5, 0.5]] * 2
+
+
+def with_an_empty_part(rank: int) -> float:
+    mesh = DeviceMesh("cpu", [0, 1, 2])
+    own = torch.zeros(1 if rank < 2 else 0, 6)
+    p = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size((2, 6)), stride=(6, 1)))
+    p.grad = DTensor.from_local(torch.ones(2, 6), mesh, [Partial()], run_check=False)
+    return float(clip_grad_norm_(torch.optim.SGD([p]), 1.0).total)
+
+
+def test_the_norm_of_a_sum_of_which_a_rank_has_nothing():
+    assert threads(3, with_an_empty_part) == [3 * 12**0.5] * 3
+
+
+def two_groups_of_the_same_ranks(rank: int) -> list[float]:
+    """In the first of which all is exempt."""
+    first, second = dist.new_group([0, 1]), dist.new_group([0, 1])
+    members = [Muon([weight(1.0)]), torch.optim.SGD([weight(3.0 if rank else 4.0)])]
+    chain = ChainedOptimizer(members, clip_grad=0.5, process_groups=[first, second])
+    chain.step()
+    return [float(chain.norms.threshold), float(members[1].param_groups[0]["params"][0].grad[0, 0])]
+
+
+def test_process_groups_of_the_same_ranks_are_one():
+    threshold = 5 * 24**0.5
+    expected = [[threshold, size * 0.5 / threshold] for size in (4, 3)]
+    for found, right in zip(threads(2, two_groups_of_the_same_ranks), expected, strict=True):
+        assert found == pytest.approx(right)
+
+
 @pytest.mark.parametrize("attribute", ["optimizers", "chained_optimizers"])
 def test_a_container_may_show_the_first_of_its_optimizers(attribute):
     members = [torch.optim.SGD([weight(1.0)]) for _ in range(2)]
@@ -256,6 +303,9 @@ def test_an_optimizer_may_be_iterated_over():
             return iter([self])
 
     assert clip_grad_norm_(Container([weight(1.0)]), 0.5).clipped == 24**0.5
+    members = [torch.optim.SGD([weight(1.0)])]
+    several = type("Several", (list,), {"optimizers": members})(members)
+    assert clip_grad_norm_(several, 0.5).clipped == 24**0.5
 
 
 def test_a_chain_says_whether_all_in_it_is_exempt():

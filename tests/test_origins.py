@@ -195,6 +195,12 @@ def test_what_cannot_be_imported_is_refused_and_changes_nothing():
         ValueError, match=r"keller's state of parameter 0.0 should have 'momentum_buffer' but has \['momentum'\]"
     ):
         import_state(optimizer, {"state": state}, made, "keller")
+    for nothing in ({}, {"state": None}, {"state": [1]}):
+        with pytest.raises(ValueError, match="state_dict should have a dict of states by number under 'state'"):
+            import_state(optimizer, nothing, made, "dion")
+    for bad in (None, "a word"):
+        with pytest.raises(ValueError, match=f"dion's 'momentum' of parameter 0.1 should be a tensor but is: {bad!r}"):
+            import_state(optimizer, {"state": state | {1: {"momentum": bad}}}, made, "dion")
     with pytest.raises(ValueError, match="momentum_buffer"):
         import_state(optimizer, {"state": state | {1: {"momentum": torch.ones(2, 2)}}}, made, "dion")
     assert not any(optimizer.state.values())

@@ -32,7 +32,7 @@ def test_layouts(device, take, name, normuon):
 
 
 @pytest.mark.parametrize("options", [{"nesterov": False, "maximize": True}, {"adjust_lr_fn": "match_rms_adamw", "eps": 1e-3}])
-@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02), torch.tensor([[0.02]])], ids=["number", "tensor", "matrix"])
 def test_options(device, take, options, lr):
     shapes = [((24, 40), {}), ((40, 24), {"weight_decay": 0.0, "momentum": 0.5}), ((7,), {"algorithm": "adamw"})]
     lr = lr.to(device) if isinstance(lr, Tensor) else lr

@@ -87,6 +87,31 @@ def test_a_gradient_that_goes_missing_needs_no_new_plan(device, take, dtype):
     assert seen[0] is next(iter(optimizer.plans.values()))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_is_not_the_kernels(device, take, default):
+    shapes = [((9, 5), {}), ((24, 40), {"normuon_beta2": 0.9})]
+
+    def change(optimizer: Muon, step: int) -> None:
+        optimizer.grad_scale = torch.tensor(3.7, dtype=torch.float32, device=device)
+
+    torch.set_default_dtype(default)
+    try:
+        accept_same_steps(take, lambda: make(device, shapes), random_gradients(shapes, 2), change)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_epsilon_that_changes_a_little(device, take):
+    """By less than a tensor of it shows when it is printed."""
+
+    def change(optimizer: Muon, step: int) -> None:
+        optimizer.param_groups[0]["eps"] = torch.tensor(1.5 + step * 1e-5)
+
+    fast, seen = make(device, SHAPES), []
+    take(True, fast, random_gradients(SHAPES, 2), lambda *each: (change(*each), seen.extend(fast.plans.values())))
+    assert seen[0] is not next(iter(fast.plans.values()))
+
+
 def test_normuon_without_a_memory(device, take):
     accept_same_steps(take, lambda: make(device, SHAPES, normuon_beta2=0.0), random_gradients(SHAPES, 2))
 

@@ -45,6 +45,27 @@ def test_a_tied_parameter_is_found_by_each_of_its_names():
         assert [[name for name, _ in group["params"]] for group in groups if group.get("lr") == 0.5] == [["a.weight"]]
 
 
+def test_messages_name_tied_parameters_once():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match=r"\['0\.weight', '2\.weight'\]"):
+        param_groups(nn.Sequential(first, second, nn.Linear(4, 4, bias=False)), head=(), overrides={"nothing": {"lr": 0.1}})
+
+
+def test_a_module_may_declare_a_layout_by_either_name_of_its_parameter():
+    layer = nn.Linear(4, 4, bias=False)
+    layer.same, layer.muon_layout = layer.weight, {"same": Layout(blocks=2)}
+    (group,) = param_groups(layer, head=())
+    assert (group["layout"], [name for name, _ in group["params"]]) == (Layout(blocks=2), ["weight"])
+
+
+def test_sections_that_adamw_steps_are_not_orthogonalized():
+    """So that a model of nothing else is an error."""
+    sections = {"layout": {"sections": [{"rows": 4, "algorithm": "adamw"}]}}
+    with pytest.raises(ValueError, match="nothing in this model would be orthogonalized"):
+        param_groups(nn.Linear(4, 4), head=(), overrides={"weight": sections})
+
+
 def test_what_torchs_own_modules_stack_is_not_taken_for_experts():
     """nn.Bilinear has a weight of three dimensions."""
     model = nn.Sequential(nn.Bilinear(4, 5, 3, bias=False))

@@ -356,6 +356,17 @@ def test_what_loss_scalers_tell_is_one_element(shape):
         assert all(T.shape == () for T in optimizer.state[p].values())
 
 
+def test_numbers_are_told_in_full():
+    p = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    optimizer = Muon([p], momentum=0.0)
+    optimizer.grad_scale = 0.1
+    one_step(optimizer, torch.ones(2, 3, dtype=torch.float64))
+    assert optimizer.state[p]["momentum_buffer"].eq(1 / 0.1).all()
+    optimizer.found_inf = 1e-50  # not zero
+    one_step(optimizer, torch.ones(2, 3, dtype=torch.float64))
+    assert int(optimizer.skipped["found_inf"]) == 1
+
+
 def test_what_others_have_not_found_we_find_still():
     optimizer = Muon([nn.Parameter(torch.ones(2, 3))])
     optimizer.found_inf = torch.zeros(())

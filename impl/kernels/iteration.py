@@ -71,8 +71,9 @@ def chunk(B: int, m: int, n: int) -> int:
 
 def norms(B: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the norms of B Gram matrices, by tile, and for what comes of them: `shares` and `scales`."""
-    shares = torch.empty(B, triangle(padded(m), tiles_for(device).product.rows), device=device)
-    return shares, torch.ones(scale.ROWS, B, device=device)
+    squares = triangle(padded(m), tiles_for(device).product.rows)
+    shares = torch.empty(B, squares, dtype=torch.float32, device=device)
+    return shares, torch.ones(scale.ROWS, B, dtype=torch.float32, device=device)
 
 
 def iteration(

@@ -236,8 +236,8 @@ MUTANTS = (
     Mutant(
         name="the norm of this rank's part",
         path="impl/norms.py",
-        old="ranks = group_of(p, leaf.process_group)",
-        new="ranks = leaf.process_group",
+        old="add(group_of(p, leaf.process_group), loud",
+        new="add(leaf.process_group, loud",
         source="ours: every rank clips by the norm of what it holds, and weights' parts are clipped differently",
         clauses=("DIST-7", "CLIP-4"),
         seed="clipping",

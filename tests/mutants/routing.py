@@ -203,8 +203,8 @@ MUTANTS = (
     ),
     stages(
         name="AdamW's learning rate over the root of the width",
-        old='rate(group) * group["adamw_lr_ratio"]',
-        new='rate(group) * group["adamw_lr_ratio"] / max(p.shape[-1:] or (1,)) ** 0.5',
+        old='number(group["lr"]) * group["adamw_lr_ratio"]',
+        new='number(group["lr"]) * group["adamw_lr_ratio"] / max(p.shape[-1:] or (1,)) ** 0.5',
         source="dion#94, OLMo-core#854: a rule made for one output head",
         clauses=("STEP-8", "STEP-9", "LAYOUT-5"),
         seed="fused",
@@ -297,7 +297,7 @@ MUTANTS = (
     ),
     routing(
         name="nothing orthogonalized",
-        old='    if not any(group["algorithm"] == "muon" for group in groups.values()):\n',
+        old='    if not any("muon" in algorithms(group) for group in groups.values()):\n',
         new="    if not groups:\n",
         source="LlamaFactory#8041, DeepSpeed#8438: 'muon params = 0' in a log, and AdamW trained the model",
         clauses=("ROUTE-6",),

@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         name="AdamW decays without the learning rate",
         path="impl/stages.py",
-        old='W = part["W"] * (1 - lr * group["weight_decay"])',
+        old='W = part["W"] * (1 - lr * number(group["weight_decay"]))',
         new='W = part["W"] * (1 - group["weight_decay"])',
         source="Emerging-Optimizers, independent decay: the step with lr=0 by which torch's distributed checkpointing creates "
         "state changes the weights",
