@@ -16,38 +16,41 @@ from conformance.ranks import Case, Outcome, Weight, accept_as_alone, assemble, 
 from conformance.strategies import HYPER
 from conformance.targets.impl import Target
 from conformance.worlds import threads
-from impl.placement import assign
+from impl import Layout
+from impl.placement import assign, work
 
 WEIGHTS = (Weight((8, 12)), Weight((12, 8)), Weight((9,), None, "adamw"))
-# What the first group is told before each step, and the last one of the same learning rate.
+# What a group is told before each step, and the last one of the same learning rate.
 NEWS = (
     {"lr": 0.1, "weight_decay": 0.5},
     {"momentum": 0.3, "maximize": True, "normuon_beta2": 0.5},
     {"eps": 100.0},
     {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
-    {"ns_steps": 4, "shard_mode": "duplicated"},
+    {"ns_steps": 4},
+    {"shard_mode": "duplicated", "normuon_beta2": 0.4},
+    {"layout": Layout(blocks=2)},
     {"lr": torch.tensor(0.05), "ns_coefficients": "polar_express_s4"},
 )
 
 
-def told(rank: int, case: Case, device: str, alone: bool = False) -> Outcome:
+def told(rank: int, case: Case, device: str, which: int, alone: bool = False) -> Outcome:
     """The case, with the news, on this rank or in one process."""
     if alone:
         parameters, optimizer = construct(Target(), case, [weight(case, i).to(device) for i in range(len(case.weights))])
     else:
         parameters, optimizer = begin(Target(), case, device)
     for step, news in enumerate(NEWS):
-        optimizer.param_groups[0].update(news)
-        optimizer.param_groups[-1]["lr"] = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[which].update(news)
+        optimizer.param_groups[-1]["lr"] = optimizer.param_groups[which]["lr"]
         optimizer.grad_scale = torch.tensor(2.0**step, device=device)
         take(case, rank, step, parameters, optimizer, 2.0**step * 1.5)
     return outcome(Target(), parameters, optimizer, [])
 
 
-@pytest.mark.parametrize("placement", ["S0", "R"])
-def test_options_that_change_between_steps(device, placement):
+@pytest.mark.parametrize(("placement", "which"), [("S0", 0), ("S0", 1), ("R", 0)])
+def test_options_that_change_between_steps(device, placement, which):
     case = Case((2,), (placement,), WEIGHTS, replace(HYPER, normuon_beta2=0.9, adamw_lr_ratio=0.3))
-    found, one = threads(2, told, case, device.type), told(0, case, device.type, alone=True)
+    found, one = threads(2, told, case, device.type, which), told(0, case, device.type, which, alone=True)
     for name, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
 
@@ -77,6 +80,8 @@ def test_rounds_hold_all_matrices_and_no_more_at_a_time_than_they_should(monkeyp
 def test_the_work_is_shared_by_what_it_costs():
     """The last one lies nowhere whole; the others do on two of three ranks, which get 4 + 1 and 3 + 2 to do."""
     assert assign([1, 4, 3, 2, 5], [(0, 1)] * 4 + [()], 3) == [0, 0, 1, 1, 2]
+    assert assign([1, 1, 2], [()] * 3, 2) == [1, 1, 0], "the largest first"
+    assert work(64, 64) > 20 * work(8, 512), "what is square costs more than what is long"
 
 
 @pytest.mark.parametrize("placement", ["S0", "S1"])

@@ -59,6 +59,21 @@ def test_another_layout_is_not_loaded_where_the_state_would_fit():
     assert optimizer.param_groups[0]["layout"] == Layout(blocks=3)
 
 
+def test_loading_changes_no_decision(tmp_path):
+    """Whether steps are skipped, where the dump goes and what has been counted are the optimizer's, not its state's."""
+    p, dump = weight(2, 3), tmp_path / "dump"
+    saved = stepped(weight(2, 3)).state_dict()
+    optimizer = Muon([p], skip_nonfinite=False, dump_nonfinite=dump)
+    optimizer.found_inf, p.grad = torch.ones(()), torch.ones(2, 3)
+    optimizer.step()
+    optimizer.found_inf = None
+    optimizer.load_state_dict(saved)
+    assert optimizer.guard.dump == dump and int(optimizer.skipped["found_inf"]) == 1
+    p.grad = torch.full((2, 3), float("nan"))
+    optimizer.step()
+    assert p.isnan().all()
+
+
 def test_loading_leaves_no_hook_behind():
     optimizer = stepped(weight(2, 3))
     optimizer.load_state_dict(optimizer.state_dict())

@@ -71,12 +71,19 @@ def test_weights_of_several_dtypes(algorithm):
     )
 
 
-def test_parts_of_any_magnitude():
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [
+        (torch.float32, (1.0, 2.0**20, 2.0**-20, 2.0**120, 2.0**-138, 0.0)),
+        (torch.float64, (1.0, 2.0**400, 2.0**-400)),
+    ],
+    ids=str,
+)
+def test_parts_of_any_magnitude(dtype, factors):
     """Also where an epsilon is above the norm, subnormal numbers and zeros."""
 
     def make(divided: bool) -> list[nn.Parameter]:
-        factors = (1.0, 2.0**20, 2.0**-20, 2.0**120, 2.0**-138, 0.0)
-        made = [weight(i, line(2, divided), Shard(1)) for i in range(len(factors))]
+        made = [weight(i, line(2, divided), Shard(1), dtype=dtype) for i in range(len(factors))]
         for p, factor in zip(made, factors, strict=True):
             p.grad *= factor
         return made
@@ -160,6 +167,72 @@ def test_a_part_that_lies_across_may_have_no_gradient():
         return (p.detach().to_local() != own.mT).any((1, 2))
 
     assert [moved.tolist() for moved in threads(2, part)] == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(1)], ids=str)
+def test_a_gradient_may_be_placed_otherwise_than_its_weight(placement):
+    def make(divided: bool) -> list[nn.Parameter]:
+        p = weight(0, line(2, divided), Shard(0))
+        if divided:
+            p.grad = spread(tensor((8, 12), 100), line(2), [placement])
+        return [p]
+
+    accept_one_process(2, make)
+
+
+def test_a_shard_mode_may_change_between_steps():
+    def modes(rank: int) -> set[str]:
+        optimizer = Muon([weight(0, line(2), Shard(0))])
+        optimizer.step()
+        optimizer.param_groups[0]["shard_mode"] = "blockwise"
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        return {each.key.mode for each in sharded.parts.rounds}
+
+    assert threads(2, modes) == [{"blockwise"}] * 2
+
+
+def test_weights_that_are_frozen_in_turn():
+    def steps(rank: int, divided: bool) -> Outcome:
+        parameters = [weight(i, line(2, divided), Shard(0)) for i in range(2)]
+        optimizer, gradients = Muon(parameters, lr=0.1), [p.grad for p in parameters]
+        for frozen in range(2):
+            for i, p in enumerate(parameters):
+                p.requires_grad_(i != frozen)
+                p.grad = None if i == frozen else gradients[i]
+            optimizer.step()
+        return outcome(Target(), parameters, optimizer, [])
+
+    found, one = threads(2, steps, True), steps(0, False)
+    for name, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(found, name, T.shape), expected=T)
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+def test_a_momentum_that_is_not_finite_on_one_rank_stops_all():
+    def spoilt(rank: int) -> dict[str, int]:
+        p = weight(0, line(2), Shard(0))
+        optimizer = Muon([p], lr=0.1)
+        optimizer.step()
+        M = optimizer.state[p]["momentum_buffer"].to_local()
+        M[0, 0] = float("nan") if rank == 1 else M[0, 0]
+        before = M.clone()
+        optimizer.step()
+        assert torch.equal(M.nan_to_num(7.0), before.nan_to_num(7.0))
+        return {reason: int(count) for reason, count in optimizer.skipped.items() if count}
+
+    assert threads(2, spoilt) == [{"gradient": 1}] * 2
+
+
+def test_a_step_keeps_no_memory():
+    def left(rank: int) -> list[Any]:
+        optimizer = Muon([weight(i, line(2), Shard(0)) for i in range(2)])
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        mine = (sharded.gradients, sharded.directions, sharded.returning, sharded.weights)
+        return [each for some in (*mine, sharded.parts.buffers, sharded.parts.momenta) for each in some]
+
+    assert threads(2, left) == [[], []]
 
 
 def test_a_step_keeps_no_gradient():

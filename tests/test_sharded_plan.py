@@ -166,6 +166,14 @@ def test_kernels_beside_matrices_that_they_do_not_step(device, monkeypatch):
         accept.same_bits(actual=assemble(here, key, one.parts[key][0].shape), expected=one.parts[key][0])
 
 
+def test_kernels_leave_float64_alone(device, monkeypatch):
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    case = replace(CHANGING, steps=1, dtype=torch.float64)
+    one, here = alone(Target(), case, device), threads(1, together, Target(), case, device.type)
+    for key, (T, _) in one.parts.items():
+        accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
+
+
 def dumped(rank: int, device: str, path: Path) -> None:
     case = replace(CHANGING, weights=(Weight((8, 9), {"blocks": 2}), Weight((9, 7))))
     parameters, optimizer = begin(Target(), case, device)
@@ -183,14 +191,14 @@ def test_the_culprit_is_known(device, tmp_path, monkeypatch):
     assert list(found) == ["w1"] and int(found["w1"]["gradient"].isnan().sum()) == 1
 
 
-def updated(rank: int, device: str, one: bool, change: Callable[[Any, int], None]) -> Outcome:
-    """Steps of CHANGING, by the sharded plan or by one process's, with a change before each."""
+def updated(rank: int, device: str, one: bool, change: Callable[[Any, int], None], case: Case = CHANGING) -> Outcome:
+    """Steps of a case of two weights, by the sharded plan or by one process's, with a change before each."""
     if one:
-        parameters, optimizer = construct(Target(), CHANGING, [weight(CHANGING, i).to(device) for i in range(2)])
+        parameters, optimizer = construct(Target(), case, [weight(case, i).to(device) for i in range(2)])
     else:
-        parameters, optimizer = begin(Target(), CHANGING, device)
+        parameters, optimizer = begin(Target(), case, device)
     for step in range(2):
-        give(CHANGING, rank, step, parameters)
+        give(case, rank, step, parameters)
         change(optimizer, step)
         optimizer.step()
     return outcome(Target(), parameters, optimizer, [])
@@ -215,11 +223,18 @@ def told_once(optimizer: Any, step: int) -> None:
     optimizer.found_inf = torch.ones((), device=optimizer.param_groups[0]["params"][0].device) if step == 0 else None
 
 
-@pytest.mark.parametrize("change", [of_groups, nesterov, eps, told_once])
-def test_what_a_step_is_told(device, monkeypatch, change):
+ALIKE = replace(CHANGING, weights=(Weight((7, 9)), Weight((7, 9))))  # so that one launch could step both
+
+
+@pytest.mark.parametrize(
+    ("change", "case"),
+    [(of_groups, ALIKE), (nesterov, ALIKE), (eps, CHANGING), (told_once, CHANGING)],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_a_step_is_told(device, monkeypatch, change, case):
     monkeypatch.setattr(impl.batches, "usable", lambda device: True)
     monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
-    one, here = updated(0, device.type, True, change), threads(1, updated, device.type, False, change)
+    one, here = updated(0, device.type, True, change, case), threads(1, updated, device.type, False, change, case)
     for key, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
 
