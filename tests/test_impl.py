@@ -239,6 +239,17 @@ def test_a_step_does_not_look_at_options_that_are_tensors():
     check_options({**group, **tensors}, wait=False)
 
 
+def test_what_is_no_tensor_is_looked_at_in_every_step():
+    """Also beside a learning rate that is one."""
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = Muon([p], lr=torch.tensor(0.1))
+    optimizer.param_groups[0]["weight_decay"] = float("nan")
+    with pytest.raises(ValueError, match="weight decay should be >= 0 but is: nan"):
+        optimizer.step()
+    assert p.eq(1).all()
+
+
 def test_a_tensor_learning_rate_of_low_precision_still_decays():
     p = nn.Parameter(torch.ones(4, 6))
     p.grad = torch.zeros(4, 6)

@@ -180,6 +180,23 @@ def test_a_gradient_may_be_placed_otherwise_than_its_weight(placement):
     accept_one_process(2, make)
 
 
+def test_groups_may_have_a_shard_mode_each():
+    def steps(rank: int, divided: bool) -> Outcome:
+        parameters = [weight(i, line(2, divided), Shard(0)) for i in range(3)]
+        modes = ("distributed", "owned", "duplicated")
+        groups = [{"params": [p], "shard_mode": mode} for p, mode in zip(parameters, modes, strict=True)]
+        optimizer = Muon(groups, lr=0.1)
+        optimizer.step()
+        return outcome(Target(), parameters, optimizer, [])
+
+    found, one = threads(2, steps, True), steps(0, False)
+    for name in ("w1", "w2"):
+        accept.same_bits(actual=assemble(found, name, (8, 12)), expected=one.parts[name][0])
+    before = weight(0, None).detach()
+    actual, expected = assemble(found, "w0", (8, 12)), one.parts["w0"][0]
+    accept.step(before=before, actual=actual, expected=expected, precision=torch.float32)
+
+
 def test_a_shard_mode_may_change_between_steps():
     def modes(rank: int) -> set[str]:
         optimizer = Muon([weight(0, line(2), Shard(0))])
