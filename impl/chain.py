@@ -128,8 +128,8 @@ class ChainedOptimizer(Optimizer):
         if clips:
             factor = coefficient(torch.as_tensor(self.norms.clipped), float(self.clip_grad or 0.0), self.floor)
             scale(found, factor if skip is None else torch.where(skip, 1.0, factor))
-        silent = [leaf for leaf in found if not any(True for _ in gradients([leaf]))] if watches or clips else []
-        unseen = [leaf for leaf in silent if leaf.clips() or self.clip_norm == "global"]
+        counted = [leaf for leaf in found if leaf.clips() or self.clip_norm == "global"] if watches or clips else []
+        unseen = [leaf for leaf in counted if not any(True for _ in gradients([leaf]))]
         self._step_members(found, skip)
         if any(True for _ in gradients(unseen)):
             raise RuntimeError(

@@ -165,7 +165,8 @@ def _by_ranks(
         ranks = None if process_group is None else tuple(dist.get_process_group_ranks(process_group))
         first = same.setdefault(ranks, process_group)
         mine, known = sorted_.get(first, ([], False))
-        sorted_[first] = [*mine, *some], known or loud
+        mine.extend(some)
+        sorted_[first] = mine, known or loud
 
     for leaf in found:
         add(leaf.process_group, leaf.process_group not in silent)
