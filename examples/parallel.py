@@ -40,6 +40,8 @@ class Ranks:
             raise InputError(f"--parallel {kind}: start it as torchrun --nproc-per-node 2 -m examples.train --parallel {kind}")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            dist.init_process_group("gloo")  # the default is of the GPUs alone where there are any
         self.kind, self.mesh = kind, init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("ranks",))
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
