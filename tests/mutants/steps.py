@@ -87,7 +87,7 @@ MUTANTS = (
     stages(
         name="a tensor learning rate is read once",
         old='    lr = number(group["lr"])\n',
-        new='    lr = group.setdefault("rate", float(group["lr"]))\n',
+        new='    lr = group.setdefault("rate", float(group["lr"])) if isinstance(group["lr"], Tensor) else group["lr"]\n',
         source="dion: a captured step went on with the learning rate of its capture",
         clauses=("STEP-6", "SKIP-7"),
     ),
