@@ -143,10 +143,15 @@ def test_what_cannot_be_stepped_is_refused(validating: Target, device):
             q = spread(tensor((4, 3, 2, 2), 0), mesh, [Shard(0), Shard(2)])
             case = Case((), (), (Weight((4, 3, 2, 2), {"flatten": True}),))
             accept.refuses(lambda: construct(validating, case, [q]), ValueError, "w0", "flatten")
+        if kind == "a section cut in two":
+            q = spread(tensor((8, 6), 0), mesh, [Shard(0), Shard(1)])
+            layout = {"sections": [{"rows": 2}, {"rows": 6}]}
+            case = Case((), (), (Weight((8, 6), layout),), replace(HYPER, shard_mode="distributed"))
+            accept.refuses(lambda: construct(validating, case, [q]), ValueError, "w0", "distributed")
         if kind == "outside":
             mine = mesh["a"].get_group()
             words = "process_group", "[0, 1, 2, 3]", str(dist.get_process_group_ranks(mine))
             accept.refuses(lambda: validating.optimizer([("w0", torch.nn.Parameter(p))], HYPER, mine), ValueError, *words)
 
-    for kind in ("partial", "cut in two", "convolution", "outside"):
+    for kind in ("partial", "cut in two", "convolution", "a section cut in two", "outside"):
         threads(4, build, kind)

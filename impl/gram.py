@@ -26,15 +26,16 @@ def orthogonalize_parts(
     lift, factor = unit_scale(sizes)
     parts = [(X * up) * by for X, up, by in zip(parts, lift, factor, strict=True)]
     floors = eps * lift * factor
-    for step, (a, b, c) in enumerate(plan.coefficients):
-        gram = _gram(parts, counted, group)
-        if not step:
-            roots = [(torch.linalg.vector_norm(A) if plan.norm == "schatten4" else A.trace()).sqrt() for A in gram]
-            norms = torch.stack(roots).maximum(floors) * plan.margin
-            scales = torch.where(norms == 0, norms, 1 / norms)
-            parts = [X * k for X, k in zip(parts, scales, strict=True)]
-            gram = [A * (k * k) for A, k in zip(gram, scales, strict=True)]
-        parts = [torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a) for X, A in zip(parts, gram, strict=True)]
+    with torch.autocast(parts[0].device.type, enabled=False):
+        for step, (a, b, c) in enumerate(plan.coefficients):
+            gram = _gram(parts, counted, group)
+            if not step:
+                roots = [(torch.linalg.vector_norm(A) if plan.norm == "schatten4" else A.trace()).sqrt() for A in gram]
+                norms = torch.stack(roots).maximum(floors) * plan.margin
+                scales = torch.where(norms == 0, norms, 1 / norms)
+                parts = [X * k for X, k in zip(parts, scales, strict=True)]
+                gram = [A * (k * k) for A, k in zip(gram, scales, strict=True)]
+            parts = [torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a) for X, A in zip(parts, gram, strict=True)]
     return list(parts)
 
 

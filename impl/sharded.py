@@ -33,7 +33,8 @@ DECISIVE = ("algorithm", "ns_coefficients", "ns_steps", "eps", "layout", "shard_
 
 def shared(groups: Sequence[Mapping[str, Any]], replicas: dist.ProcessGroup | None) -> dict[Tensor, dist.ProcessGroup]:
     """The parameters that lie on several ranks, with those ranks."""
-    found = {p: group_of(p, replicas) for group in groups for p in group["params"] if p.requires_grad}
+    stepped = (p for group in groups for p in group["params"] if p.requires_grad or p.grad is not None)
+    found = {p: group_of(p, replicas) for p in stepped}
     return {p: ranks for p, ranks in found.items() if ranks is not None}
 
 

@@ -3,6 +3,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,74 @@ def test_a_momentum_that_is_not_finite_on_one_rank_stops_all():
         return {reason: int(count) for reason, count in optimizer.skipped.items() if count}
 
     assert threads(2, spoilt) == [{"gradient": 1}] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Muon has skipped:RuntimeWarning")
+@pytest.mark.parametrize("told", [0, 1])
+def test_what_one_rank_is_told_stops_all(told):
+    def steps(rank: int) -> dict[str, int]:
+        parameters = [weight(i, line(2), Shard(0)) for i in range(2)]
+        groups = [{"params": parameters[:1]}, {"params": parameters[1:], "algorithm": "adamw"}]
+        optimizer = Muon(groups, lr=0.1, normuon_beta2=0.9)
+        optimizer.step()
+        before = outcome(Target(), parameters, optimizer, [])
+        optimizer.found_inf = torch.tensor(float(rank == told))
+        optimizer.step()
+        for name, (T, _) in outcome(Target(), parameters, optimizer, []).parts.items():
+            accept.same_bits(actual=T, expected=before.parts[name][0])
+        return {reason: int(count) for reason, count in optimizer.skipped.items() if count}
+
+    assert threads(2, steps) == [{"found_inf": 1}] * 2
+
+
+def test_autocast_does_not_reach_the_iteration():
+    def part(rank: int, cast: bool) -> torch.Tensor:
+        p = weight(0, line(2), Shard(1))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            Muon([p], lr=0.1, shard_mode="distributed").step()
+        return p.detach().to_local()
+
+    for actual, expected in zip(threads(2, part, True), threads(2, part, False), strict=True):
+        accept.same_bits(actual=actual, expected=expected)
+
+
+def test_a_weight_that_was_frozen_after_its_gradient_is_stepped():
+    def make(divided: bool) -> list[nn.Parameter]:
+        p, frozen = (weight(seed, line(2, divided), Shard(0)) for seed in range(2))
+        return [p, frozen.requires_grad_(False)]
+
+    accept_one_process(2, make)
+
+
+def test_a_capture_is_refused(monkeypatch):
+    def captured(rank: int) -> None:
+        optimizer = Muon([weight(0, line(1), Shard(0))])
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        sharded.device = SimpleNamespace(type="cuda")
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+            optimizer.step()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    threads(1, captured)
+
+
+def test_what_travels_does_so_while_others_are_orthogonalized():
+    """Both ways; and small rounds are first and last, beside which nothing is orthogonalized."""
+
+    def works(rank: int) -> tuple[list[bool], list[int]]:
+        shapes = [(8, 12), (8, 16), (16, 16), (16, 32)]
+        optimizer = Muon([weight(i, line(2), Shard(0), shape=shape) for i, shape in enumerate(shapes)])
+        optimizer.step()
+        (sharded,) = optimizer.plans.values()
+        rounds = sharded.parts.rounds
+        there = [each.send(torch.zeros(each.held.size))[1] for each in rounds]
+        back = [each.give(torch.zeros(each.given.size), torch.zeros(each.held.size)) for each in rounds]
+        for work in (*there, *back):
+            work.wait()
+        return [work is not None for work in (*there, *back)], [each.key.m * each.key.n for each in rounds]
+
+    assert threads(2, works) == [([True] * 8, [96, 256, 512, 128])] * 2
 
 
 def test_a_step_keeps_no_memory():

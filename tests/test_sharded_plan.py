@@ -2,8 +2,9 @@
 """Parameters on several ranks, stepped by kernels: the bits of one process that steps them by kernels; see conftest.py."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,7 @@ CASES = {
     "hybrid": Case((2, 2), ("R", "S0"), PLAIN[:4], NORMUON),
     "tensor parallel": Case((2, 2), ("F0", "S0"), (*PLAIN[:3], EXPERTS[1]), NORMUON),
     "in turn": Case((2,), (), (Weight((6, 10)),) * 8, SHORT, steps=1),
+    "beside AdamW": Case((2,), ("S0",), (*PLAIN[2:4], Weight((9,), None, "adamw")), SHORT, steps=1),
     "more experts than ranks": Case((4,), ("S0",), (Weight((5 * 6, 10), {"blocks": 5}),), SHORT),
 }
 
@@ -148,6 +150,59 @@ def test_what_changes_between_steps(device, monkeypatch):
     one, here = changed(0, device.type, True), threads(1, changed, device.type, False)
     for key, (T, _) in one.parts.items():
         accept.same_bits(actual=assemble(here, key, T.shape), expected=T)
+
+
+def test_launches_are_made_again_where_a_gradient_lies_elsewhere(device, monkeypatch):
+    """At a multiple of 16 bytes, then not."""
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    straight, offset = impl.sharded.Sharded._gradient, []
+
+    def misplaced(self, p):
+        G = straight(self, p)
+        return G.new_empty(G.numel() + 8)[offset[-1] :][: G.numel()].view(G.shape).copy_(G)
+
+    def built(rank: int) -> list[bool]:
+        case, kept = replace(CHANGING, weights=(Weight((8, 16)), Weight((16, 8)))), []
+        parameters, optimizer = begin(Target(), case, device.type)
+        for step in range(3):
+            offset.append(step % 2)
+            give(case, rank, step, parameters)
+            optimizer.step()
+            kept.extend(sharded.plan.operands for sharded in optimizer.plans.values())
+        return [a is b for a, b in pairwise(kept)]
+
+    monkeypatch.setattr(impl.sharded.Sharded, "_gradient", misplaced)
+    assert threads(1, built) == [[False, False]]
+
+
+def test_kernels_run_on_their_own_device(device, monkeypatch):
+    monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
+    inside, ran = [], []
+
+    @contextmanager
+    def on(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def watched(run):
+        return lambda: ran.append(list(inside)) or run()
+
+    def steps(rank: int) -> torch.device:
+        parameters, optimizer = begin(Target(), CHANGING, device.type)
+        take(CHANGING, rank, 0, parameters, optimizer)
+        (sharded,) = optimizer.plans.values()
+        plan = sharded.plan
+        plan.prepares = [tuple(map(watched, each)) for each in plan.prepares]
+        plan.applies = [watched(run) for run in plan.applies]
+        for owned in plan.owned:
+            owned.launches = [watched(run) for run in owned.launches]
+        monkeypatch.setattr(torch.cuda, "device", on)
+        take(CHANGING, rank, 1, parameters, optimizer)
+        return plan.device
+
+    (own,) = threads(1, steps)
+    assert len(ran) > 4 and all(each == [own] for each in ran)
 
 
 def beside(rank: int, device: str) -> Outcome:
