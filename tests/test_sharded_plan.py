@@ -2,7 +2,7 @@
 """Parameters on several ranks, stepped by kernels: the bits of one process that steps them by kernels; see conftest.py."""
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -179,11 +179,15 @@ def test_kernels_run_on_their_own_device(device, monkeypatch):
     monkeypatch.setattr(impl.sharded, "usable", lambda device: True)
     inside, ran = [], []
 
-    @contextmanager
-    def on(device):
-        inside.append(device)
-        yield
-        inside.pop()
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            inside.append(self.device)
+
+        def __exit__(self, *error):
+            inside.pop()
 
     def watched(run):
         return lambda: ran.append(list(inside)) or run()
@@ -197,7 +201,7 @@ def test_kernels_run_on_their_own_device(device, monkeypatch):
         plan.applies = [watched(run) for run in plan.applies]
         for owned in plan.owned:
             owned.launches = [watched(run) for run in owned.launches]
-        monkeypatch.setattr(torch.cuda, "device", on)
+        monkeypatch.setattr(torch.cuda, "device", On)
         take(CHANGING, rank, 1, parameters, optimizer)
         return plan.device
 
