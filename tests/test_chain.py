@@ -111,10 +111,12 @@ def test_told_to_skip_nothing_moves_and_nothing_stays_behind():
 
 def test_a_chain_inside_is_told_too():
     ps = weights()
-    chain = ChainedOptimizer([chain_of(ps, layout=None)], **POLICY)
+    inner = chain_of(ps, layout=None, log_grad_norm=True)
+    chain = ChainedOptimizer([inner], **POLICY)
     give(ps, 2, 1e6)
     with Operations() as operations:
         chain.step()
+    assert inner.norms.total is not None, "it steps, and steps its own"
     assert "aten::_local_scalar_dense" not in operations.names
     assert same([p.detach() for p in ps], [p.detach() for p in weights()])
 
