@@ -8,11 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from conformance.worlds import threads
-from impl import ChainedOptimizer, Layout, Muon, Section, clip_grad_norm_
+from impl import ChainedOptimizer, Muon, clip_grad_norm_
 from impl.norms import leaves
 
 INF = float("inf")
@@ -148,14 +146,6 @@ def test_a_parameter_that_two_members_share_is_clipped_once():
     assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "what", [[torch.optim.SGD([weight(1.0)])], weight(1.0), [weight(1.0)]], ids=["optimizers", "one", "some"]
-)
-def test_what_is_to_be_clipped_is_one_optimizers(what):
-    with pytest.raises(TypeError, match=r"takes the optimizer, .* in place of its parameters; .* a ChainedOptimizer"):
-        clip_grad_norm_(what, 1.0)
-
-
 @pytest.mark.parametrize("broken", [{}, {"state": {}}, None, {"state": {}, "param_groups": []}], ids=str)
 def test_members_go_back_whatever_the_error_of_a_later_one(broken):
     """A member of torch's has KeyErrors, TypeErrors and ValueErrors for what is no state dict."""
@@ -228,53 +218,6 @@ def test_groups_of_others_may_have_algorithms_too():
     assert torch.linalg.vector_norm(p.grad).item() == pytest.approx(0.5)
 
 
-def test_a_wrapper_may_show_the_groups_of_its_optimizer():
-    exempt = torch.optim.SGD([weight(1.0)])
-    exempt.skip_grad_norm_clip = True
-    norms = clip_grad_norm_(SimpleNamespace(optimizer=exempt, param_groups=exempt.param_groups), 0.5)
-    assert norms.threshold == 0 and exempt.param_groups[0]["params"][0].grad.eq(1).all()
-
-
-def complex_shards(rank: int) -> float:
-    """The norm of a complex gradient, of which each of two ranks has a half; it is clipped to half of it."""
-    mesh, values = DeviceMesh("cpu", [0, 1]), torch.tensor([[0, 3 + 4j], [12j, 0]], dtype=torch.complex64)[rank]
-    p = nn.Parameter(DTensor.from_local(torch.zeros_like(values), mesh, [Shard(0)], run_check=False))
-    p.grad = DTensor.from_local(values.clone(), mesh, [Shard(0)], run_check=False)
-    total = clip_grad_norm_(torch.optim.SGD([p]), 6.5).total
-    torch.testing.assert_close(p.grad.to_local(), values / 2)
-    return float(total)
-
-
-def test_complex_gradients_have_a_norm_over_all_ranks():
-    assert threads(2, complex_shards) == [13.0, 13.0]
-
-
-def in_sections(rank: int, place: Placement) -> list[float]:
-    """A gradient of a divided weight, placed otherwise: rows, of which AdamW steps the last two, after clipping by half."""
-    mesh = DeviceMesh("cpu", [0, 1])
-    p = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0)], run_check=False))
-    p.grad = DTensor.from_local(torch.full((8, 3), 0.5 if place.is_partial() else 1.0), mesh, [place], run_check=False)
-    clip_grad_norm_(Muon([p], layout=Layout(sections=(Section(6), Section(2, "adamw")))), 6**0.5 / 2)
-    return p.grad.full_tensor()[:, 0].tolist()
-
-
-@pytest.mark.parametrize("place", [Partial(), Replicate()], ids=str)
-def test_sections_of_gradients_that_are_placed_otherwise(place):
-    assert threads(2, in_sections, place) == [[1, 1, 1, 1, 1, 1, 0.5, 0.5]] * 2
-
-
-def with_an_empty_part(rank: int) -> float:
-    mesh = DeviceMesh("cpu", [0, 1, 2])
-    own = torch.zeros(1 if rank < 2 else 0, 6)
-    p = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size((2, 6)), stride=(6, 1)))
-    p.grad = DTensor.from_local(torch.ones(2, 6), mesh, [Partial()], run_check=False)
-    return float(clip_grad_norm_(torch.optim.SGD([p]), 1.0).total)
-
-
-def test_the_norm_of_a_sum_of_which_a_rank_has_nothing():
-    assert threads(3, with_an_empty_part) == [3 * 12**0.5] * 3
-
-
 def two_groups_of_the_same_ranks(rank: int) -> list[float]:
     """In the first of which all is exempt."""
     first, second = dist.new_group([0, 1]), dist.new_group([0, 1])
@@ -291,23 +234,6 @@ def test_process_groups_of_the_same_ranks_are_one():
         assert found == pytest.approx(right)
 
 
-@pytest.mark.parametrize("attribute", ["optimizers", "chained_optimizers"])
-def test_a_container_may_show_the_first_of_its_optimizers(attribute):
-    members = [torch.optim.SGD([weight(1.0)]) for _ in range(2)]
-    assert clip_grad_norm_(SimpleNamespace(optimizer=members[0], **{attribute: members}), 0.5).total == 48**0.5
-
-
-def test_an_optimizer_may_be_iterated_over():
-    class Container(torch.optim.SGD):
-        def __iter__(self):
-            return iter([self])
-
-    assert clip_grad_norm_(Container([weight(1.0)]), 0.5).clipped == 24**0.5
-    members = [torch.optim.SGD([weight(1.0)])]
-    several = type("Several", (list,), {"optimizers": members})(members)
-    assert clip_grad_norm_(several, 0.5).clipped == 24**0.5
-
-
 def test_a_chain_says_whether_all_in_it_is_exempt():
     groups = [{"params": [weight(1.0)], "skip_grad_norm_clip": flag} for flag in (True, False)]
     for some, exempt in ((groups[:1], True), (groups, False)):
@@ -318,20 +244,6 @@ def test_the_innermost_process_group_is_a_members_own(alone):
     own = dist.new_group([0])
     inner = ChainedOptimizer([torch.optim.SGD([weight(1.0)]) for _ in range(2)], process_groups=[own, None])
     assert [leaf.process_group for leaf in leaves(ChainedOptimizer([inner], process_groups=[alone]))] == [own, alone]
-
-
-def test_norms_may_be_of_another_order():
-    ps = [weight(1.0), weight(4.0)]
-    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD(ps), 2.0, INF)] == [4.0] * 3
-    assert [float(p.grad.max()) for p in ps] == [0.5, 2.0]
-    ps = [weight(1.0), weight(4.0)]
-    groups = [{"params": ps[:1]}, {"params": ps[1:], "skip_grad_norm_clip": True}]
-    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD(groups), 2.0, INF, clip_norm="global")] == [4.0, 4.0, 1.0]
-    assert [float(p.grad.max()) for p in ps] == [0.5, 4.0]
-
-
-def test_the_norm_of_what_is_infinite_is_infinite():
-    assert [float(N) for N in clip_grad_norm_(torch.optim.SGD([weight(INF), weight(1.0)]), 1.0)] == [INF] * 3
 
 
 def test_before_the_first_step_there_are_no_norms():

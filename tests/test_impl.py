@@ -187,6 +187,16 @@ def test_a_parameter_that_changed_is_refused_before_anything_moves(algorithm, ot
     assert torch.equal(first, before)
 
 
+def test_a_state_that_is_elsewhere_is_refused():
+    p = nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.ones(4, 6)
+    optimizer = Muon([p])
+    optimizer.step()
+    optimizer.state[p]["momentum_buffer"] = torch.empty(4, 6, device="meta")
+    with pytest.raises(RuntimeError, match="on cpu and was not when its momentum_buffer was made"):
+        optimizer.step()
+
+
 def test_all_that_is_promised_is_there():
     assert all(hasattr(impl, name) for name in impl.__all__)
 
@@ -220,6 +230,28 @@ def test_a_rank_may_have_no_experts():
     p.grad = torch.ones(0, 4, 6)
     Muon([p], layout=Layout(blocks=1)).step()
     assert p.shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_group_may_be_empty(count):
+    """As on a stage of a pipeline; and all of them."""
+    weights = [nn.Parameter(torch.ones(2, 3)) for _ in range(count)]
+    optimizer = Muon([{"params": []}, {"params": weights, "algorithm": "adamw"}])
+    for p in weights:
+        p.grad = torch.ones(2, 3)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(p.ne(1).all() for p in weights)
+    assert clip_grad_norm_(optimizer, 1.0).total == (6 * count) ** 0.5
+
+
+def test_who_looks_at_a_state_before_there_is_one_leaves_nothing():
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = Muon([p])
+    assert optimizer.state[p] == {}
+    optimizer.step()
+    assert optimizer.state[p].keys() == {"momentum_buffer"}
 
 
 def test_overrides_options_reach_the_group():

@@ -155,6 +155,20 @@ def test_a_default_is_checked_also_where_every_group_has_its_own(option, bad, go
         Muon([{"params": [weight(4, 6)], option: good}], **{option: bad})
 
 
+def test_a_group_that_is_refused_for_whatever_reason_does_not_stay():
+    optimizer = Muon([weight(4, 6)])
+    for lr in (-1.0, torch.empty((), device="meta")):
+        with pytest.raises((ValueError, RuntimeError)):
+            optimizer.add_param_group({"params": [weight(4, 6)], "lr": lr})
+        assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("policy", [{"clip_grad": 0.0}, {"grad_norm_skip_threshold": 0.0}], ids=str)
+def test_a_chain_inside_another_has_no_policy_not_even_one_of_zero(policy):
+    with pytest.raises(ValueError, match="a chain inside another should have neither clip_grad nor grad_norm_skip_threshold"):
+        ChainedOptimizer([ChainedOptimizer([Muon([weight(4, 6)])], **policy)])
+
+
 def test_a_checkpoint_may_not_combine_what_the_constructor_refuses_together():
     optimizer = Muon([weight(4, 6)], normuon_beta2=0.9)
     saved = optimizer.state_dict()

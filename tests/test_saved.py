@@ -59,6 +59,12 @@ def test_another_layout_is_not_loaded_where_the_state_would_fit():
     assert optimizer.param_groups[0]["layout"] == Layout(blocks=3)
 
 
+def test_a_hook_may_leave_the_options_out():
+    optimizer = stepped(weight(2, 3))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"state": saved["state"]})
+    assert optimizer.state_dict().keys() == {"state"}
+
+
 def test_loading_changes_no_decision(tmp_path):
     """Whether steps are skipped, where the dump goes and what has been counted are the optimizer's, not its state's."""
     p, dump = weight(2, 3), tmp_path / "dump"

@@ -260,6 +260,13 @@ def test_what_one_rank_is_told_stops_all(told):
     assert threads(2, steps) == [{"found_inf": 1}] * 2
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_convolutions_of_one_dimension(dim):
+    accept_one_process(
+        2, lambda divided: [weight(0, line(2, divided), Shard(dim), shape=(8, 4, 3))], layout={"blocks": 2, "flatten": True}
+    )
+
+
 def test_autocast_does_not_reach_the_iteration():
     def part(rank: int, cast: bool) -> torch.Tensor:
         p = weight(0, line(2), Shard(1))

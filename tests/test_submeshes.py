@@ -162,6 +162,20 @@ def test_a_process_group_of_the_same_ranks_will_do():
     assert all(not part.eq(1).any() for part in threads(2, decided))
 
 
+def told(rank: int) -> tuple[int, bool]:
+    """A step that the second rank is told to skip, of an optimizer that looks at nothing itself."""
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = Muon([p], skip_nonfinite=False, process_group=dist.group.WORLD)
+    optimizer.found_inf = torch.tensor(float(rank == 1))
+    optimizer.step()
+    return int(optimizer.skipped["found_inf"]), bool(p.eq(1).all())
+
+
+def test_what_one_rank_is_told_all_do_also_without_a_look_of_their_own():
+    assert threads(2, told) == [(1, True)] * 2
+
+
 def crossing(rank: int) -> None:
     """Weights on the ranks of a row and of a column, neither of which could decide for the other."""
     mesh, T = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.ones(8, 12)
