@@ -108,10 +108,11 @@ def test_a_declaration_outlives_an_older_checkpoint():
 
 
 def test_members_are_those_that_it_was_given():
-    members = [torch.optim.SGD([weight(1.0)])]
-    chain = ChainedOptimizer(members)
+    members, groups = [torch.optim.SGD([weight(1.0)])], [None]
+    chain = ChainedOptimizer(members, process_groups=groups)
     members.append(torch.optim.SGD([weight(1.0)]))
-    assert len(chain.optimizers) == 1
+    groups.append(None)
+    assert len(chain.optimizers) == len(chain.process_groups) == 1
 
 
 def test_the_host_hears_of_steps_above_the_threshold():
@@ -254,7 +255,10 @@ def test_before_the_first_step_there_are_no_norms():
 def test_norms_have_no_graph():
     p = nn.Parameter(torch.ones(3))
     p.square().sum().backward(create_graph=True)
+    graph, chain = p.grad.grad_fn, ChainedOptimizer([torch.optim.SGD([p])], clip_grad=0.5, log_grad_norm=True)
     assert not any(N.requires_grad for N in clip_grad_norm_(torch.optim.SGD([p]), 1.0))
+    chain.step()
+    assert not any(N.requires_grad for N in chain.norms) and p.grad.grad_fn is graph
 
 
 def test_a_gradient_counts_also_where_its_weight_is_frozen():

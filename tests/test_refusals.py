@@ -47,10 +47,11 @@ def test_a_layout_is_one_or_its_fields(layout):
         Muon([weight(2, 3)], layout=layout)
 
 
+@pytest.mark.parametrize("beta2", [0.9, 0.0])
 @pytest.mark.parametrize("mode", ["distributed", "blockwise"])
-def test_normuon_needs_whole_matrices(mode):
+def test_normuon_needs_whole_matrices(mode, beta2):
     with pytest.raises(ValueError, match=f"normuon_beta2 needs whole matrices, with shard_mode='owned', but that is '{mode}'"):
-        Muon([weight(2, 3)], normuon_beta2=0.9, shard_mode=mode)
+        Muon([weight(2, 3)], normuon_beta2=beta2, shard_mode=mode)
 
 
 def test_a_parameter_of_integers_cannot_be_stepped():

@@ -162,6 +162,9 @@ def test_the_report_to_the_letter():
         "muon: 136 parameters",
         "adamw: 88 parameters",
     ]
+    fewest = {"sections": [{"rows": 8}, {"rows": 8, "head_dim": 4}]}
+    line = Muon([nn.Parameter(torch.ones(16, 4))], layout=fewest, lr=0.02).report().splitlines()[2]
+    assert line.split() == ["0.0", "16x4", "-", "muon", "1x8x4", "2x4x4", "0.0283", "0.02", "none"]
     scalar = Muon([nn.Parameter(torch.ones(()))], algorithm="adamw", lr=0.02)
     assert scalar.report().splitlines()[2].split() == ["0.0", "scalar", "-", "adamw", "-", "0.02", "all"]
 

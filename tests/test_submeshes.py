@@ -73,6 +73,20 @@ def test_a_chain_measures_weights_on_the_ranks_that_they_are_on():
     torch.testing.assert_close(torch.cat([part for _, part in found]), G * 0.5 / G.norm())
 
 
+def measured_alone(rank: int) -> float:
+    """What a chain clips is this rank's own; what lies on both ranks is exempt."""
+    p, q = divided(tensor((8, 6), 0), tensor((8, 6), 1), init_device_mesh("cpu", (2,))), nn.Parameter(torch.ones(3))
+    q.grad = torch.full((3,), 2.0)
+    chain = ChainedOptimizer([Muon([{"params": [p]}, {"params": [q], "algorithm": "adamw"}])], clip_grad=0.5)
+    chain.step()
+    return float(chain.norms.clipped)
+
+
+def test_no_norm_travels_that_nothing_is_clipped_by(monkeypatch):
+    monkeypatch.setattr(dist, "all_gather", None)
+    assert threads(2, measured_alone) == [pytest.approx(12**0.5)] * 2
+
+
 def weight(algorithm: str, seed: int) -> nn.Parameter:
     p = nn.Parameter(tensor((4, 6), seed))
     p.grad = tensor((4, 6), seed + 1)
