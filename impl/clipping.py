@@ -93,7 +93,7 @@ def clip_grad_norm_(
 
 def _with_groups(optimizer: Any) -> Any:
     """An optimizer as it is; a list of groups as something that has them."""
-    holds = any(hasattr(optimizer, name) for name in ("param_groups", "optimizers", "chained_optimizers"))
+    holds = any(hasattr(optimizer, name) for name in ("param_groups", "optimizer", "optimizers", "chained_optimizers"))
     if isinstance(optimizer, Tensor) or (isinstance(optimizer, Iterable) and not holds):
         groups = [optimizer] if isinstance(optimizer, Tensor) else list(optimizer)
         if not all(isinstance(group, Mapping) for group in groups):

@@ -108,9 +108,9 @@ def test_an_optimizer_may_be_iterated_over():
             return iter([self])
 
     assert clip_grad_norm_(Container([weight(1.0)]), 0.5).clipped == 24**0.5
-    for attribute in ("optimizers", "chained_optimizers"):
+    for attribute in ("optimizer", "optimizers", "chained_optimizers"):
         members = [torch.optim.SGD([weight(1.0)])]
-        several = type("Several", (list,), {attribute: members})(members)
+        several = type("Several", (list,), {attribute: members[0] if attribute == "optimizer" else members})()
         assert clip_grad_norm_(several, 0.5).clipped == 24**0.5
 
 
