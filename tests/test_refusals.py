@@ -136,6 +136,7 @@ BAD = [
     ({"layout": Layout(groups=2, sections=(Section(2, head_dim=4),))}, "head_dim"),
     ({"weight_decay": torch.ones(2)}, "weight decay should be >= 0 but is: "),
     ({"momentum": torch.full((2,), 0.5)}, "momentum should be >= 0 but is: "),
+    ({"shard_mode": "owner"}, "shard_mode should be one of .* but is: 'owner'"),
 ]
 
 

@@ -101,6 +101,41 @@ def test_what_no_rule_knows_is_stepped_as_its_override_says():
     assert routed(model, overrides={"0.weight": {"layout": {"blocks": 3}}})["0.weight"] == ("override", "muon")
 
 
+def test_an_override_is_for_all_that_its_pattern_matches():
+    """And is not used up."""
+    overrides = {"[01].weight": {"algorithm": "adamw"}}
+    found = routed(nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3))), overrides=overrides)
+    assert found == {"0.weight": ("override", "adamw"), "1.weight": ("override", "adamw"), "2.weight": ("matrix", "muon")}
+    assert overrides == {"[01].weight": {"algorithm": "adamw"}}
+
+
+def test_an_override_may_exempt_from_clipping():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = Muon(param_groups(model, head=(), overrides={"0.weight": {"skip_grad_norm_clip": False}}))
+    assert [group["skip_grad_norm_clip"] for group in optimizer.param_groups] == [False, True]
+
+
+def test_no_experts_are_no_count():
+    model = nn.Linear(4, 4, bias=False)
+    model.weight.num_experts = 0
+    with pytest.raises(ValueError, match=r"layout of parameter weight .* blocks should be an integer >= 1 but is 0"):
+        param_groups(model, head=())
+
+
+def test_a_module_declares_layouts_of_its_own_parameters_alone():
+    model = nn.MultiheadAttention(8, 2, bias=False)
+    model.muon_layout = {"out_proj.weight": Layout(blocks=2)}
+    with pytest.raises(ValueError, match=r"muon_layout of MultiheadAttention.* names \['out_proj.weight'\], which it has not"):
+        param_groups(model, head=())
+
+
+def test_the_report_of_weights_that_lie_across():
+    convolution = nn.Parameter(torch.ones(8, 3, 2, 2).to(memory_format=torch.channels_last))
+    groups = [{"params": [convolution], "layout": Layout(flatten=True)}, {"params": [nn.Parameter(torch.ones(6, 8).T)]}]
+    lines = Muon(groups).report().splitlines()
+    assert "1x8x12" in lines[2] and "1x8x6" in lines[3]
+
+
 @pytest.mark.parametrize("value", [True, 0, -1, "4", 4.0, None], ids=repr)
 def test_what_is_no_count_is_no_number_of_experts(value):
     model = nn.Linear(2, 2)
@@ -127,6 +162,7 @@ def warned(rank: int, declare: Callable[[nn.Linear], None], overrides: Mapping[s
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         Muon(param_groups(model, head=(), overrides=overrides))
+    assert all(each.filename == __file__ for each in found)
     return [str(each.message) for each in found]
 
 
@@ -141,6 +177,7 @@ def test_attributes_that_dtensors_have_lost_are_asked_for():
     }
     found = {name: threads(1, warned, declare) for name, declare in declarations.items()}
     (message,) = found.pop("nothing")[0]
+    assert threads(1, warned, lambda model: None, {}) == [[message]]
     assert message.startswith("parameters are DTensors and none has a tag") and "muon_layout on the module" in message
     found["overrides"] = threads(1, warned, lambda model: None, {"0.weight": {"lr": 0.1}})
     assert all(each == [[]] for each in found.values()), found

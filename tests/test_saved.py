@@ -197,6 +197,14 @@ def test_a_count_of_steps_is_a_count(count, message):
         Muon([weight(3)], algorithm="adamw").load_state_dict(saved)
 
 
+def test_averages_are_looked_at_also_after_the_count_of_steps():
+    """As torch.optim.AdamW has them."""
+    saved = stepped(weight(3), algorithm="adamw").state_dict()
+    saved["state"][0] = {"step": torch.tensor(1.0), "exp_avg": torch.full((3,), float("nan")), "exp_avg_sq": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of parameter 0\.0 is not finite"):
+        Muon([weight(3)], algorithm="adamw").load_state_dict(saved)
+
+
 @pytest.mark.parametrize("key", ["momentum_buffer", "step"])
 @pytest.mark.parametrize("far", [torch.Tensor.to_sparse, lambda T: T.to("meta")], ids=["sparse", "meta"])
 def test_a_state_has_values(far, key):
