@@ -93,6 +93,15 @@ def test_parts_of_any_magnitude(dtype, factors):
         accept_one_process(2, make, shard_mode="distributed", eps=eps)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_may_have_nothing_of_a_matrix_that_is_cut(dim):
+    shape = (2, 5) if dim == 0 else (5, 2)
+    for each in (shape, (2, 2)):
+        accept_one_process(
+            3, lambda divided, each=each: [weight(0, line(3, divided), Shard(dim), shape=each)], shard_mode="distributed"
+        )
+
+
 def test_normuon_without_memory():
     accept_one_process(2, lambda divided: [weight(0, line(2, divided), Shard(0))], normuon_beta2=0.0)
 
