@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DIST on threads: gradients that are missing, summed, poisoned or clipped, and what is refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -20,10 +21,13 @@ from conformance.ranks import (
     accept_as_alone,
     alone,
     assemble,
+    begin,
     clipped,
     construct,
     gradient,
+    part,
     spread,
+    take,
     together,
     weight,
 )
@@ -155,3 +159,35 @@ def test_what_cannot_be_stepped_is_refused(validating: Target, device):
 
     for kind in ("partial", "cut in two", "convolution", "a section cut in two", "outside"):
         threads(4, build, kind)
+
+
+def _load_otherwise(rank: int, target: Target, case: Case, device: str, key: str, other: str) -> None:
+    """Loads a state of which one entry lies otherwise than it should."""
+    parameters, optimizer = begin(target, case, device)
+    take(case, rank, 0, parameters, optimizer)
+    entry = optimizer.state[parameters[0]][key]
+    mesh = DeviceMesh(device, torch.tensor([1, 0]))
+    T = entry.full_tensor() if isinstance(entry, DTensor) else entry
+    changed = {
+        "whole": lambda: T,
+        "divided": lambda: spread(T, mesh, [Shard(0)]),
+        "of another dimension": lambda: spread(T, entry.device_mesh, [Shard(1)]),
+        "of other ranks": lambda: spread(T, mesh, list(entry.placements)),
+    }[other]()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key] = changed
+
+    def unchanged():
+        return [list(part(T)) for T in (*parameters, *optimizer.state[parameters[0]].values())]
+
+    lies = "plain tensor" if other == "whole" else str(changed.placements)
+    accept.refuses(lambda: optimizer.load_state_dict(saved), ValueError, "w0", key, lies, unchanged=unchanged)
+
+
+@pytest.mark.clause("STATE-4", "DIST-1")
+@pytest.mark.parametrize("key", ["momentum_buffer", "variance_buffer"])
+@pytest.mark.parametrize("other", ["whole", "divided", "of another dimension", "of other ranks"])
+def test_state_that_lies_otherwise_is_refused(validating: Target, device, other, key):
+    placements = () if other == "divided" else ("S0",)
+    case = Case((2,), placements, (Weight((4, 6)),), replace(HYPER, normuon_beta2=0.9))
+    threads(2, _load_otherwise, validating, case, device.type, key, other)

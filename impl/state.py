@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
 from torch.optim.optimizer import Optimizer
 
 from impl.layout import Layout, Section
@@ -51,14 +52,21 @@ def new_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
 def _zeros(key: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, p: Tensor) -> Tensor:
     if key == "step" or not isinstance(p, DTensor):
         return torch.zeros(shape, dtype=dtype, device=device)
-    placements, size = p.placements, p.to_local().shape
-    if key == "variance_buffer":  # its rows lie where the parameter's do, and on all ranks that share them
-        rows = range(len(shape) - 1)
-        placements = [place if getattr(place, "dim", None) in rows else Replicate() for place in placements]
+    size = p.to_local().shape
+    if key == "variance_buffer":
         size = (*size[: len(shape) - 1], shape[-1])
     zeros = torch.zeros(size, dtype=dtype, device=device)
     whole = torch.empty(shape, device="meta")
+    placements = _placements(key, p, len(shape))
     return DTensor.from_local(zeros, p.device_mesh, placements, run_check=False, shape=shape, stride=whole.stride())
+
+
+def _placements(key: str, p: DTensor, dims: int) -> tuple[Placement, ...]:
+    """An entry lies where its parameter does; a variance where the parameter's rows do, on all ranks that share them."""
+    if key != "variance_buffer":
+        return p.placements
+    rows = range(dims - 1)
+    return tuple(place if getattr(place, "dim", None) in rows else Replicate() for place in p.placements)
 
 
 def check_step(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
@@ -185,8 +193,21 @@ def _check_entry(name: str, entry: Mapping[str, Any] | None, our: Mapping[str, A
         if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where} should have shape {tuple(shape)} but is: {found}")
+        _check_place(where, key, value, p)
         # A wider dtype than ours would lose bits, an integer is no momentum at all.
         if not value.is_floating_point() or torch.promote_types(value.dtype, dtype) != dtype:
             raise ValueError(f"{where} should be {dtype} or narrower but is: {value.dtype}")
         if not bool(value.isfinite().all()) or (key in SQUARES and bool((value < 0).any())):
             raise ValueError(f"{where} is not finite or an average of squares is negative; it would poison the weights")
+
+
+def _check_place(where: str, key: str, value: Tensor, p: Tensor) -> None:
+    # A whole tensor would be taken for a rank's part of it, and the parts of another mesh for those of ours.
+    found = (value.device_mesh.mesh.tolist(), value.placements) if isinstance(value, DTensor) else None
+    right = (p.device_mesh.mesh.tolist(), _placements(key, p, value.ndim)) if isinstance(p, DTensor) else None
+    if found != right:
+        kinds = [f"a DTensor on ranks {lies[0]} placed as {lies[1]}" if lies else "a plain tensor" for lies in (right, found)]
+        raise ValueError(
+            f"{where} should be {kinds[0]}, as the parameter is, but is {kinds[1]}; redistribute() it, or let "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict divide a whole state"
+        )

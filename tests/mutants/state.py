@@ -178,6 +178,14 @@ MUTANTS = (
         clauses=("STATE-4", "VAR-5"),
     ),
     Mutant(
+        name="a whole momentum loaded as a rank's part",
+        path="impl/state.py",
+        old="    if found != right:\n",
+        new="    if found is not None and right is None:\n",
+        source="ours: of a DTensor's momentum only the whole shape was compared, so each rank took its first rows",
+        clauses=("STATE-4", "DIST-1"),
+    ),
+    Mutant(
         name="a message that does not name the parameter",
         path="impl/state.py",
         old='where = f"state {key!r} of parameter {name}"',
