@@ -33,8 +33,7 @@ def usable(device: torch.device) -> bool:
 
 def planned(group: Mapping[str, Any]) -> list[Tensor]:
     """The parameters of a group whose matrices the kernels step: dense ones on a GPU, but for float64."""
-    waits = isinstance(group["eps"], Tensor) and group["eps"].is_cuda  # the kernels want it on the host
-    if waits or "muon" not in algorithms(group):
+    if "muon" not in algorithms(group):
         return []
     dense = (p for p in group["params"] if type(p) in (Tensor, Parameter) and usable(p.device))
     return [p for p in dense if p.dtype in DTYPES and p.is_contiguous() and p.numel()]
@@ -54,9 +53,9 @@ def aligned(p: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 def signature(entries: Sequence[Entry], state: States, scaled: bool) -> tuple[Any, ...]:
     """All that a plan depends on. Values that change from step to step, and addresses, it reads again in each."""
-    options = ("ns_coefficients", "ns_steps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
+    options = ("ns_coefficients", "eps", "ns_steps", "nesterov", "adjust_lr_fn", "layout", "normuon_beta2")
     unique = {id(group): group for group, _ in entries}
-    groups = {key: repr([float(group["eps"]), *(group[o] for o in options)]) for key, group in unique.items()}
+    groups = {key: repr([group[o] for o in options]) for key, group in unique.items()}
     numbers = {key: i for i, key in enumerate(groups)}
     members = tuple((numbers[id(group)], p.shape, p.dtype, gradient_dtype(p), aligned(p, state[p])) for group, p in entries)
     return scaled, tuple(groups.values()), members

@@ -48,27 +48,7 @@ def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
 
     Without `wait`, tensors are taken on trust: to look at them would be to wait for their device.
     """
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, found shape {tuple(lr.shape)}")
-    for label, value in (
-        ("Learning rate", lr),
-        ("momentum", group["momentum"]),
-        ("weight decay", group["weight_decay"]),
-        ("eps", group["eps"]),
-        ("adamw_eps", group["adamw_eps"]),
-        ("adamw_lr_ratio", group["adamw_lr_ratio"]),
-    ):
-        if isinstance(value, Tensor) and not wait:
-            continue
-        number = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
-        if not number or not 0.0 <= float(value) < math.inf:
-            raise ValueError(f"{label} should be >= 0 but is: {value}")
-    if not group["adamw_eps"] >= SMALLEST:
-        raise ValueError(f"adamw_eps should be >= {SMALLEST}, or nothing keeps 0 / 0 away, but is: {group['adamw_eps']}")
-    momentum = group["momentum"]
-    if (wait or not isinstance(momentum, Tensor)) and not momentum < 1:
-        raise ValueError(f"momentum should be < 1 but is: {momentum}")
+    _check_numbers(group, wait)
     if group["adjust_lr_fn"] not in SCALES:
         raise ValueError(
             f"Adjust learning rate function {group['adjust_lr_fn']} is not supported; adjust_lr_fn is one of {SCALES}"
@@ -89,6 +69,33 @@ def check_options(group: Mapping[str, Any], wait: bool = True) -> None:
     if group["algorithm"] == "adamw" and group["layout"] is not None:
         raise ValueError(f"layout has no meaning for algorithm='adamw'; leave it out, found {group['layout']}")
     schedule(group["ns_coefficients"], group["ns_steps"])
+
+
+def _check_numbers(group: Mapping[str, Any], wait: bool) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, found shape {tuple(lr.shape)}")
+    for label, value in (
+        ("Learning rate", lr),
+        ("momentum", group["momentum"]),
+        ("weight decay", group["weight_decay"]),
+        ("eps", group["eps"]),
+        ("adamw_eps", group["adamw_eps"]),
+        ("adamw_lr_ratio", group["adamw_lr_ratio"]),
+    ):
+        if isinstance(value, Tensor):
+            if label in ("eps", "adamw_eps", "adamw_lr_ratio"):
+                raise ValueError(f"{label} should be a number but is: {value!r}; lr, momentum, weight_decay may be tensors")
+            if not wait:
+                continue
+        number = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
+        if not number or not 0.0 <= float(value) < math.inf:
+            raise ValueError(f"{label} should be >= 0 but is: {value}")
+    if not group["adamw_eps"] >= SMALLEST:
+        raise ValueError(f"adamw_eps should be >= {SMALLEST}, or nothing keeps 0 / 0 away, but is: {group['adamw_eps']}")
+    momentum = group["momentum"]
+    if (wait or not isinstance(momentum, Tensor)) and not momentum < 1:
+        raise ValueError(f"momentum should be < 1 but is: {momentum}")
 
 
 def check_parameters(group: Mapping[str, Any], index: int) -> None:

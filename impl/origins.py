@@ -94,7 +94,7 @@ def import_state(optimizer: Muon, state_dict: Mapping[str, Any], params: Sequenc
                     raise ValueError(
                         f"{origin}'s {their!r} of parameter {name} should be a tensor but is: {found[their]!r:.80}"
                     )
-                factor = 1 - group["momentum"] if key == "momentum_buffer" and not other.average else 1
+                factor = 1 - float(group["momentum"]) if key == "momentum_buffer" and not other.average else 1
                 state[key] = factor * torch.as_tensor(found[their]).to(state[key].device, state[key].dtype)
             if found is not None or p.requires_grad:
                 saved[number] = state

@@ -221,6 +221,14 @@ def test_a_sum_becomes_an_average_by_the_momentum_of_its_group():
     assert [optimizer.state[p]["momentum_buffer"].unique().tolist() for p in params] == [[0.5], [0.25]]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
+def test_a_momentum_that_is_a_tensor_changes_no_shape_and_no_dtype(shape):
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = Muon([p], momentum=torch.full(shape, 0.75, dtype=torch.float64))
+    import_state(optimizer, {"state": {0: {"momentum_buffer": torch.ones(2, 3)}}}, [p], "moonlight")
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.full((2, 3), 0.25))
+
+
 def test_frozen_parameters_keep_what_they_have_and_get_nothing_else():
     params = [nn.Parameter(torch.ones(2, 3), requires_grad=i == 2) for i in range(3)]
     optimizer = Muon(params)

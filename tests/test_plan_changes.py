@@ -102,10 +102,8 @@ def test_torchs_default_dtype_is_not_the_kernels(device, take, default):
 
 
 def test_an_epsilon_that_changes_a_little(device, take):
-    """By less than a tensor of it shows when it is printed."""
-
     def change(optimizer: Muon, step: int) -> None:
-        optimizer.param_groups[0]["eps"] = torch.tensor(1.5 + step * 1e-5)
+        optimizer.param_groups[0]["eps"] = 1.5 + step * 1e-5
 
     fast, seen = make(device, SHAPES), []
     take(True, fast, random_gradients(SHAPES, 2), lambda *each: (change(*each), seen.extend(fast.plans.values())))

@@ -136,6 +136,10 @@ BAD = [
     ({"layout": Layout(groups=2, sections=(Section(2, head_dim=4),))}, "head_dim"),
     ({"weight_decay": torch.ones(2)}, "weight decay should be >= 0 but is: "),
     ({"momentum": torch.full((2,), 0.5)}, "momentum should be >= 0 but is: "),
+    *[
+        ({option: torch.tensor(0.5)}, rf"{option} should be a number but is: tensor\(0.5")
+        for option in ("eps", "adamw_eps", "adamw_lr_ratio")
+    ],
     ({"shard_mode": "owner"}, "shard_mode should be one of .* but is: 'owner'"),
 ]
 
