@@ -123,10 +123,8 @@ def _build(ns_coefficients: str | tuple, ns_steps: int) -> Schedule:
         raise ValueError(f"Number of steps must be less than 100 for computational efficiency, found ns_steps={ns_steps}")
     if isinstance(ns_coefficients, str):
         return _published(ns_coefficients, ns_steps)
-    if len(ns_coefficients) == 3 and not isinstance(ns_coefficients[0], Sequence):
-        quintics = (ns_coefficients,) * ns_steps
-    else:
-        quintics = ns_coefficients
+    several = isinstance(ns_coefficients[0], Sequence)
+    quintics = ns_coefficients if several else (ns_coefficients,) * ns_steps
     for quintic in quintics:
         if not isinstance(quintic, Sequence) or len(quintic) != 3:
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values, found {quintic!r}")

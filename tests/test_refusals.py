@@ -122,12 +122,6 @@ BAD = [
     ({"ns_coefficients": [(1.5, -0.5, 0.0), (0.6, 0.5, 0.0)], "ns_steps": 2}, "shrinks? small singular values"),
     ({"ns_coefficients": (1.0, -0.2, 0.0), "ns_steps": 1}, "shrinks? large singular values"),  # 1/2 to 0.475, 0.6 to 0.56
     ({"ns_coefficients": (1.5, -1.05, 0.0), "ns_steps": 1}, "shrinks? large singular values"),  # 1 to 0.45
-    (
-        {"ns_coefficients": (1.0, -1.2, 0.0), "ns_steps": 1},  # 1 to -0.2, 0.53 to 0.35
-        "of 1 steps reverses directions and shrinks large singular values: singular values in \\[0, 1\\] are mapped to "
-        "\\[-0.203, 0.351\\], those in \\[0.5, 1\\] to no less than -0.2, and the slope at 0 is 1. Use a number of steps that "
-        "the coefficients were made for, or a named schedule: polar_express_s4, polar_express, you, jordan$",
-    ),
     ({"ns_coefficients": "polar_express", "ns_steps": 4}, "polar_express"),
     ({"ns_coefficients": "polar_express_s4", "ns_steps": 7}, "polar_express_s4"),
     ({"ns_coefficients": "jordan", "ns_steps": True}, "ns_steps should be an integer >= 1 but is: True"),
