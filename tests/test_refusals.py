@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from conformance.worlds import threads
@@ -73,6 +73,28 @@ def test_a_part_with_gaps_is_refused():
     for told in threads(2, in_stripes):
         assert told.startswith("parameter 0.0 of shape (12, 4) cannot be stepped where it lies")
         assert told.endswith("leave gaps in a rank's part of dimension 0")
+
+
+def misplaced(rank: int) -> list[str]:
+    """What is said of states that lie otherwise than their weights."""
+    mesh, whole = init_device_mesh("cpu", (1,)), torch.ones(4, 6)
+    rows, copies = (DTensor.from_local(whole, mesh, [place], run_check=False) for place in (Shard(0), Replicate()))
+    messages = []
+    for p, M in ((rows, whole), (whole, rows), (rows, copies)):
+        optimizer = Muon([nn.Parameter(p)])
+        saved = {"state": {0: {"momentum_buffer": M}}, "param_groups": optimizer.state_dict()["param_groups"]}
+        with pytest.raises(ValueError, match="momentum_buffer") as caught:
+            optimizer.load_state_dict(saved)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_state_that_lies_otherwise_than_its_weight():
+    rows, copies = "a DTensor on ranks [0] placed as (Shard(dim=0),)", "a DTensor on ranks [0] placed as (Replicate(),)"
+    pairs = (rows, "a plain tensor"), ("a plain tensor", rows), (rows, copies)
+    told = "state 'momentum_buffer' of parameter 0.0 should be {}, as the parameter is, but is {}; redistribute() it, or let "
+    advice = "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict divide a whole state"
+    assert threads(1, misplaced) == [[told.format(*pair) + advice for pair in pairs]]
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,8 @@ def test_a_capture_is_refused(monkeypatch):
         optimizer.step()
         (sharded,) = optimizer.plans.values()
         sharded.device = SimpleNamespace(type="cuda")
-        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        told = "a step of parameters that lie on several ranks cannot be captured in a CUDA graph; take it outside"
+        with pytest.raises(RuntimeError, match=told):
             optimizer.step()
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -203,8 +203,13 @@ def crossing(rank: int) -> None:
     pair, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 2, 3])
     if rank == 1:  # the larger has no more to say than the smaller
         for meshes in ((pair, three), (three, pair)):
-            with pytest.raises(ValueError, match="give it a process_group of all ranks that should step together"):
+            with pytest.raises(ValueError, match="process_group") as caught:
                 Muon([divided(T, T, each) for each in meshes])
+            new, known = ([0, 1], [1, 2, 3]) if meshes[0] is three else ([1, 2, 3], [0, 1])
+            assert str(caught.value) == (
+                f"a parameter lies on the ranks {new}, and the optimizer's steps are decided by the ranks {known}; "
+                "give it a process_group of all ranks that should step together"
+            )
 
 
 def test_ranks_that_only_overlap_need_a_process_group():
