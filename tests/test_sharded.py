@@ -168,6 +168,21 @@ def test_blockwise_parts_step_as_weights_of_their_own(shape, dim, layout, of_hal
         accept.same_bits(actual=actual, expected=p.detach())
 
 
+def test_blockwise_parts_may_be_cut_in_both_dimensions():
+    def part(rank: int) -> torch.Tensor:
+        p = weight(0, DeviceMesh("cpu", torch.arange(4).view(2, 2)), Shard(0), Shard(1), shape=(8, 12))
+        Muon([p], lr=0.1, shard_mode="blockwise").step()
+        return p.detach().to_local()
+
+    whole = weight(0, None, shape=(8, 12))
+    for rank, actual in enumerate(threads(4, part)):
+        W, G = (T.detach().chunk(2)[rank // 2].chunk(2, 1)[rank % 2].contiguous() for T in (whole, whole.grad))
+        p = nn.Parameter(W)
+        p.grad = G
+        Muon([p], lr=0.1).step()
+        accept.same_bits(actual=actual, expected=p.detach())
+
+
 def test_a_part_that_lies_across_may_have_no_gradient():
     def part(rank: int) -> torch.Tensor:
         own = tensor((2, 6, 10), rank)

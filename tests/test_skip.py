@@ -336,3 +336,20 @@ def test_weights_of_two_dtypes_are_one_decision(where):
         p.grad = torch.full_like(p, NAN if i == where else 1.0)
     optimizer.step()
     assert int(optimizer.skipped["gradient"]) == 1 and all(p.eq(1).all() for p in ps)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_step_asks_no_tensor_whether_it_is_true(algorithm, monkeypatch):
+    """Which on a GPU would wait for it."""
+    p = nn.Parameter(torch.ones(2, 3))
+    options = {name: torch.tensor(value) for name, value in (("lr", 0.1), ("weight_decay", 0.1), ("momentum", 0.9))}
+    optimizer = Muon([p], algorithm=algorithm, **options)
+    p.grad, optimizer.grad_scale, optimizer.found_inf = torch.ones(2, 3), torch.tensor(4.0), torch.tensor(0.0)
+
+    def asked(T: torch.Tensor) -> bool:
+        raise AssertionError(f"asked whether {T!r} is true")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", asked)
+        optimizer.step()
+    assert p.ne(1).all()
