@@ -70,7 +70,7 @@ def _intervals(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[
             if start != end:
                 raise ValueError(f"placements {placements} on a mesh {mesh} leave gaps in a rank's part of dimension {dim}")
             end = start + size
-        if end != length and 0 not in shape:
+        if end != length:
             raise ValueError(f"placements {placements} on a mesh {mesh} do not cover dimension {dim}")
     return tuple(found)
 

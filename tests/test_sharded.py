@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-import impl.skip
 from conformance import accept
 from conformance.ranks import Outcome, assemble, outcome, spread
 from conformance.strategies import MIXED, tensor
@@ -285,10 +283,17 @@ def test_what_one_rank_is_told_stops_all(told):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_convolutions_of_one_dimension(dim):
-    accept_one_process(
-        2, lambda divided: [weight(0, line(2, divided), Shard(dim), shape=(8, 4, 3))], layout={"blocks": 2, "flatten": True}
-    )
+@pytest.mark.parametrize("across", [False, True], ids=["as the weight", "across"])
+def test_convolutions_of_one_dimension(dim, across):
+    """Their gradients may have strides of their own."""
+
+    def make(divided: bool) -> list[nn.Parameter]:
+        p = weight(0, line(2, divided), Shard(dim), shape=(8, 4, 3))
+        if divided and across:
+            p.grad = DTensor.from_local(p.grad.to_local().mT.contiguous().mT, p.device_mesh, p.placements)
+        return [p]
+
+    accept_one_process(2, make, layout={"blocks": 2, "flatten": True})
 
 
 def test_autocast_does_not_reach_the_iteration():
@@ -383,18 +388,3 @@ def test_an_owner_gets_the_parts_of_its_own_replica():
         return [size > 0 for size in sharded.parts.rounds[0].sent.sizes]
 
     assert threads(4, sent) == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
-
-
-def test_the_first_rank_of_every_pair_warns(monkeypatch):
-    heard: list[int] = []
-    monkeypatch.setattr(impl.skip.warnings, "warn", lambda text, *_, **__: heard.append(dist.get_rank()))
-
-    def unheard(rank: int) -> None:
-        p = weight(0, pairs(), Shard(0))
-        p.grad.to_local().fill_(float("nan"))
-        optimizer = Muon([p])
-        optimizer.step()
-        optimizer.state_dict()
-
-    threads(4, unheard)
-    assert sorted(heard) == [0, 2]

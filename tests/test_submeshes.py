@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard
 
+import impl.skip
 from conformance.ranks import spread
 from conformance.strategies import tensor
 from conformance.worlds import threads
@@ -226,3 +227,16 @@ def dumped(rank: int, path: Path) -> None:
 def test_ranks_that_decide_apart_dump_apart(tmp_path):
     threads(4, dumped, tmp_path / "dump")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"dump.rank{rank}" for rank in range(4)]
+
+
+def test_the_first_rank_of_every_pair_warns(monkeypatch):
+    heard: list[int] = []
+    monkeypatch.setattr(impl.skip.warnings, "warn", lambda text, *_, **__: heard.append(dist.get_rank()))
+
+    def unheard(rank: int) -> None:
+        optimizer = Muon([divided(torch.ones(8, 12), torch.full((8, 12), torch.nan), together())])
+        optimizer.step()
+        optimizer.state_dict()
+
+    threads(4, unheard)
+    assert sorted(heard) == [0, 2]
