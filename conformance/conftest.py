@@ -52,8 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "suite: a test of the suite itself, not of a target")
     try:
         config.stash[TARGET] = load(str(config.getoption("--target")))
-    except (ImportError, AttributeError) as error:
-        raise pytest.UsageError(f"--target={config.getoption('--target')}: {error}") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        path = config.getoption("--target")
+        raise pytest.UsageError(f"--target={path}: {error}; expected the package.module:Name of an adapter") from error
 
 
 @pytest.fixture(scope="session")

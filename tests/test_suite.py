@@ -58,11 +58,19 @@ def test_clauses_that_are_not_there_are_named():
         collected(clauses="DECAY-1,SCALE-99")
 
 
-@pytest.mark.parametrize(("target", "message"), [("no_such:Target", "No module"), ("impl:None_such", "no attribute")])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("conformance.targets.no_such:Target", "No module"),
+        ("conformance.targets.impl:None_such", "no attribute"),
+        ("impl", "no attribute ''"),
+        (":Target", "Empty module name"),
+    ],
+)
 def test_a_target_that_is_not_there_is_named(target, message):
-    stash, options = {}, {"--target": f"conformance.targets.{target}"}
+    stash, options = {}, {"--target": target}
     config = SimpleNamespace(getoption=options.get, stash=stash, addinivalue_line=lambda *line: None)
-    with pytest.raises(pytest.UsageError, match=f"--target=conformance.targets.{target}: .*{message}"):
+    with pytest.raises(pytest.UsageError, match=f"--target={target}: .*{message}.*; expected the package.module:Name of"):
         conftest.pytest_configure(config)
 
 
