@@ -55,7 +55,7 @@ CASES = {
     "blocks of columns": Case((2,), ("S1",), (Weight((24, 24), {"columns": 3}),), SHORT, torch.bfloat16),
     "missing": Case((2,), ("S0",), PLAIN[:3], NORMUON, missing=frozenset([(0, 0, 0), (1, 0, 1), (1, 1, 1), (0, 1, 2)])),
     "poisoned": Case((2,), ("S0",), PLAIN[:3], NORMUON, steps=3, poison=frozenset([(1, 0, 1)])),
-    "duplicated": Case((2,), ("S0",), PLAIN[:3], replace(NORMUON, shard_mode="duplicated")),
+    "duplicated": Case((2,), ("S0",), (*PLAIN[:3], PLAIN[0]), replace(NORMUON, shard_mode="duplicated")),
     "hybrid": Case((2, 2), ("R", "S0"), PLAIN[:4], NORMUON),
     "tensor parallel": Case((2, 2), ("F0", "S0"), (*PLAIN[:3], EXPERTS[1]), NORMUON),
     "in turn": Case((2,), (), (Weight((6, 10)),) * 8, SHORT, steps=1),
