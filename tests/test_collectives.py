@@ -87,7 +87,7 @@ def test_what_stays_in_its_parts_does_not_travel(mesh):
 
 @pytest.mark.parametrize("mode", SHARD_MODES)
 def test_experts_that_lie_whole_do_not_travel(mesh, mode):
-    found = collectives(mesh, [(2 * WORLD, 8, 16)] * 2, layout=Layout(blocks=2 * WORLD), shard_mode=mode)
+    found = collectives(mesh, [(WORLD, 8, 16)] * 2, layout=Layout(blocks=WORLD), shard_mode=mode)
     assert [size for _, size in found] == [4 * 2, 1]
 
 
