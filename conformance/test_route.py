@@ -155,7 +155,16 @@ def test_a_module_may_have_the_layouts_of_its_parameters(target: Target):
     expected = {"body.1.weight": layout(blocks=3), "body.2.w": layout(blocks=6)}
     accept.routes(actual=target.routes(model), expected=OUTSIDE | {"body.0.weight": MUON} | expected)
     model.body[1].muon_layout = {"bias": {"blocks": 3}}
-    accept.refuses(lambda: target.routes(model), ValueError, "body.1.weight", "bias")
+    accept.refuses(lambda: target.routes(model), ValueError, "body.1", "bias")
+
+
+@pytest.mark.clause("ROUTE-4")
+@pytest.mark.parametrize("said", [{"weight": {"blocks": 3}}, {"0.weight": {"blocks": 3}}], ids=["for weight", "by path"])
+def test_a_layout_on_a_module_around_the_weight_is_refused(target: Target, said):
+    """Nothing would read it, and the weight would be orthogonalized whole."""
+    model = Language(body(nn.Sequential(nn.Linear(8, 24, bias=False))))
+    model.body[1].muon_layout = said
+    accept.refuses(lambda: target.routes(model), ValueError, "body.1", "weight")
 
 
 @pytest.mark.clause("ROUTE-4", "ROUTE-6")

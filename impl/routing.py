@@ -64,6 +64,7 @@ def param_groups(
             that cannot be found, or a model in which nothing is orthogonalized; with the names.
     """
     aliases, parameters = _parameters(model)
+    declared = _declared(model)
     heads = _heads(model, aliases, head)
     chosen = _match(overrides or {}, aliases)
     if not overrides:
@@ -74,7 +75,8 @@ def param_groups(
         p, options = parameters[key], dict(chosen.get(names[0], {}))
         if not p.requires_grad:
             continue
-        route = _override(options) or _route(names, p, [_owner(model, n) for n in names], key in heads, experts)
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        route = _override(options) or _route(names, p, owners, declared[key], key in heads, experts)
         if route.layout is not None:
             check_layout(route.layout, p.shape, names[0])
         group = {"algorithm": route.algorithm, "layout": route.layout, "rule": route.rule, **options}
@@ -82,7 +84,7 @@ def param_groups(
         same = groups.setdefault(like, {"params": [], **group})
         same["params"].append((names[0], p))
     if not any("muon" in algorithms(group) for group in groups.values()):
-        raise ValueError(f"nothing in this model would be orthogonalized; its parameters are {_first_names(aliases)}")
+        raise ValueError(f"nothing in this model would be orthogonalized; it has {[name for name, *_ in aliases.values()]}")
     return list(groups.values())
 
 
@@ -114,10 +116,6 @@ def _parameters(model: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tenso
         aliases.setdefault(id(p), []).append(name)
         parameters[id(p)] = p
     return aliases, parameters
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _match(overrides: Mapping[str, Mapping[str, Any]], aliases: Mapping[int, list[str]]) -> dict[str, Mapping[str, Any]]:
@@ -168,15 +166,13 @@ def _matches(pattern: str, aliases: Mapping[int, list[str]], what: str) -> list[
     """The parameters, by identity, that have a name of this pattern; at least one."""
     found = [key for key, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)]
     if not found:
-        raise ValueError(f"{what} {pattern!r} matches no parameter; there are {_first_names(aliases)}")
+        raise ValueError(f"{what} {pattern!r} matches no parameter; there are {[name for name, *_ in aliases.values()]}")
     return found
 
 
-def _first_names(aliases: Mapping[int, list[str]]) -> list[str]:
-    return [names[0] for names in aliases.values()]
-
-
-def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, experts: int | None) -> Route:
+def _route(
+    names: list[str], p: Tensor, owners: list[nn.Module], declared: set[Layout], is_head: bool, experts: int | None
+) -> Route:
     """The first rule that knows the parameter. A tied parameter has several owners, and the strictest decides."""
     for tag, value in TAGS.items():
         if getattr(p, tag, None) is not None and bool(getattr(p, tag)) is value:
@@ -191,27 +187,31 @@ def _route(names: list[str], p: Tensor, owners: list[nn.Module], is_head: bool, 
         return Route("norm", "adamw")
     if any(isinstance(owner, CONVOLUTION) and 1 < owner.groups == owner.in_channels for owner in owners):
         return Route("depthwise", "adamw")
-    layouts = {layout for name, owner in zip(names, owners, strict=True) if (layout := _declared(name, p, owner)) is not None}
-    if len(layouts) > 1:
-        raise ValueError(f"parameter {names} is tied and has several layouts, {layouts}; {ADVICE.format(names[0])}")
-    if layouts:
-        return Route("muon_layout", "muon", layouts.pop())
+    if len(declared) > 1:
+        raise ValueError(f"parameter {names} has several layouts, {sorted(map(str, declared))}; {ADVICE.format(names[0])}")
+    if declared:
+        return Route("muon_layout", "muon", *declared)
     routes = {_route_matrix(name, p, owner, experts) for name, owner in zip(names, owners, strict=True)}
     if len(routes) > 1:
         raise ValueError(f"parameter {names} is tied and has several meanings; {ADVICE.format(names[0])}")
     return routes.pop()
 
 
-def _declared(name: str, p: Tensor, owner: nn.Module) -> Layout | None:
-    """The layout that a parameter has as an attribute, or that its module has for it: for its `weight`, or by name."""
-    found, here = getattr(owner, "muon_layout", None), name.rpartition(".")[2]
-    by_name = found if isinstance(found, Mapping) else {} if found is None else {"weight": found}
-    if unknown := by_name.keys() - dict(owner.named_parameters(recurse=False, remove_duplicate=False)).keys():
-        raise ValueError(f"muon_layout of {type(owner).__name__}, which has {name}, names {sorted(unknown)}, which it has not")
-    layouts = [Layout.of(layout) for layout in (getattr(p, "muon_layout", None), by_name.get(here)) if layout is not None]
-    if len(set(layouts)) > 1:
-        raise ValueError(f"parameter {name} has one layout, {layouts[0]}, and its module another for it, {layouts[1]}")
-    return layouts[0] if layouts else None
+def _declared(model: nn.Module) -> dict[int, set[Layout]]:
+    """The layouts that parameters have as an attribute, or their module has for its `weight` or by name; by identity."""
+    layouts: dict[int, set[Layout]] = {}
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        # Wrappers (torch.compile, checkpointing) answer with what they wrap, whose attribute is not for them.
+        found = vars(module).get("muon_layout", getattr(type(module), "muon_layout", None))
+        by_name = found if isinstance(found, Mapping) else {} if found is None else {"weight": found}
+        if unknown := by_name.keys() - own.keys():
+            what = f"muon_layout of module {prefix!r}, {type(module).__name__}, is for {sorted(unknown)}"
+            raise ValueError(f"{what}, but its own parameters are {list(own)}; put it on the module that has the weight")
+        for name, p in own.items():
+            said = [layout for layout in (getattr(p, "muon_layout", None), by_name.get(name)) if layout is not None]
+            layouts.setdefault(id(p), set()).update(map(Layout.of, said))
+    return layouts
 
 
 def _warn_of_lost_tags(model: nn.Module, parameters: Mapping[int, Tensor]) -> None:

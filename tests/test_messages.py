@@ -67,10 +67,10 @@ def declaring(blocks: int) -> nn.Module:
     return module
 
 
-def contradicting() -> nn.Module:
-    module = declaring(2)
-    module.weight.muon_layout = Layout(blocks=4)
-    return module
+def around(module: nn.Module) -> nn.Module:
+    outer = nn.Sequential(module)
+    outer.muon_layout = Layout(blocks=2)
+    return outer
 
 
 def with_config(**config: Any) -> nn.Module:
@@ -332,7 +332,7 @@ MESSAGES = [
     ),
     (
         lambda: param_groups(nn.LayerNorm(4)),
-        "ValueError: nothing in this model would be orthogonalized; its parameters are ['weight', 'bias']",
+        "ValueError: nothing in this model would be orthogonalized; it has ['weight', 'bias']",
     ),
     (
         lambda: param_groups(nn.Sequential(nn.Bilinear(4, 5, 3))),
@@ -369,16 +369,16 @@ MESSAGES = [
         "'text_config.num_experts': 8}",
     ),
     (
-        lambda: param_groups(contradicting()),
-        "ValueError: parameter weight has one layout, Layout(blocks=4, columns=1, groups=1, sections=(), flatten=False), "
-        "and its module another for it, Layout(blocks=2, columns=1, groups=1, sections=(), flatten=False)",
+        lambda: param_groups(tied(declaring(2), declaring(4))),
+        "ValueError: parameter ['0.weight', '1.weight'] has several layouts, ['Layout(blocks=2, columns=1, groups=1, "
+        "sections=(), flatten=False)', 'Layout(blocks=4, columns=1, groups=1, sections=(), flatten=False)']; say what it is: "
+        "overrides={'0.weight': {'algorithm': 'adamw'}} or {'layout': Layout(...)}, or set the attribute muon_layout or "
+        "use_muon on the parameter",
     ),
     (
-        lambda: param_groups(tied(declaring(2), declaring(4))),
-        "ValueError: parameter ['0.weight', '1.weight'] is tied and has several layouts, {Layout(blocks=4, columns=1, "
-        "groups=1, sections=(), flatten=False), Layout(blocks=2, columns=1, groups=1, sections=(), flatten=False)}; say "
-        "what it is: overrides={'0.weight': {'algorithm': 'adamw'}} or {'layout': Layout(...)}, or set the attribute "
-        "muon_layout or use_muon on the parameter",
+        lambda: param_groups(nn.Sequential(nn.Sequential(declaring(2)), around(nn.Linear(4, 4)))),
+        "ValueError: muon_layout of module '1', Sequential, is for ['weight'], but its own parameters are []; put it on the "
+        "module that has the weight",
     ),
     (
         lambda: param_groups(tied(nn.Conv1d(4, 4, 1, bias=False), nn.Conv1d(8, 4, 1, groups=2, bias=False))),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -125,7 +126,7 @@ def test_no_experts_are_no_count():
 def test_a_module_declares_layouts_of_its_own_parameters_alone():
     model = nn.MultiheadAttention(8, 2, bias=False)
     model.muon_layout = {"out_proj.weight": Layout(blocks=2)}
-    with pytest.raises(ValueError, match=r"muon_layout of MultiheadAttention.* names \['out_proj.weight'\], which it has not"):
+    with pytest.raises(ValueError, match=r"MultiheadAttention, is for \['out_proj.weight'\], but its own parameters"):
         param_groups(model, head=())
 
 
@@ -263,6 +264,18 @@ def test_layouts_that_agree_are_one():
     layer.muon_layout, layer.weight.muon_layout = Layout(blocks=3), {"blocks": 3}
     (group,) = param_groups(nn.ModuleList([layer, nn.ModuleList([layer])]), head=())
     assert group["layout"] == Layout(blocks=3)
+
+
+def test_a_wrapper_does_not_declare_what_the_wrapped_module_does():
+    """It answers with the attributes of what it wraps; those of a class are its own."""
+    layer = type("Fused", (nn.Linear,), {"muon_layout": Layout(blocks=3)})(4, 6, bias=False)
+    wrapped = checkpoint_wrapper(layer)
+    assert wrapped.muon_layout == Layout(blocks=3)
+    (group,) = param_groups(nn.Sequential(wrapped), head=())
+    assert group["layout"] == Layout(blocks=3)
+    wrapped.muon_layout = Layout(blocks=2)
+    with pytest.raises(ValueError, match="muon_layout of module '0', CheckpointWrapper"):
+        param_groups(nn.Sequential(wrapped), head=())
 
 
 def test_a_head_may_have_several_weights():

@@ -269,10 +269,17 @@ MUTANTS = (
     ),
     routing(
         name="a tied weight by its first role",
-        old="[_owner(model, n) for n in names]",
-        new="[_owner(model, names[0])] * len(names)",
+        old='[model.get_submodule(name.rpartition(".")[0]) for name in names]',
+        new='[model.get_submodule(name.rpartition(".")[0]) for name in names[:1]] * len(names)',
         source="ours: an output head that comes before its embedding",
         clauses=("ROUTE-2",),
+    ),
+    routing(
+        name="a layout on a container passed over",
+        old="        if unknown := by_name.keys() - own.keys():\n",
+        new="        if own and (unknown := by_name.keys() - own.keys()):\n",
+        source="ours: a fused projection, wrapped after its layout was written down, was orthogonalized whole",
+        clauses=("ROUTE-4",),
     ),
     routing(
         name="frozen weights routed",
