@@ -48,7 +48,7 @@ BAD = [
     ({"normuon_beta2": 1.0}, ["normuon_beta2", "1.0"]),
     ({"normuon_beta2": -0.1}, ["normuon_beta2", "-0.1"]),
     ({"normuon_beta2": NAN}, ["normuon_beta2", "nan"]),
-    ({"normuon_beta2": True}, ["normuon_beta2", "True"]),
+    ({"normuon_beta2": False}, ["normuon_beta2", "False"]),
     ({"algorithm": "adamw", "adamw_eps": 1e-40}, ["adamw_eps", "1e-40"]),
 ]
 bad = pytest.mark.parametrize(

@@ -115,7 +115,10 @@ MESSAGES = [
         lambda: Muon([ONE], ns_steps=100),
         "ValueError: Number of steps must be less than 100 for computational efficiency, found ns_steps=100",
     ),
-    (lambda: Muon([ONE], ns_steps=5.0), "ValueError: ns_steps should be an integer >= 1 but is: 5.0"),
+    (
+        lambda: Muon([ONE], ns_coefficients=(1.5, -0.5, 0.0), ns_steps=True),
+        "ValueError: ns_steps should be an integer >= 1 but is: True",
+    ),
     (
         lambda: Muon([ONE], ns_coefficients=(1.5, -0.5)),
         "ValueError: Coefficients must be a tuple of exactly 3 values, found (1.5, -0.5)",
